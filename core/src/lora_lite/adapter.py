@@ -1,0 +1,432 @@
+"""Attach a variant to a model, and the handle to what was attached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lora_lite import fileformat
+from lora_lite.calibration import calibrate
+from lora_lite.errors import AdapterError, AdapterFileError, TargetError
+from lora_lite.fileformat import Metadata, dtype_name
+from lora_lite.fingerprint import fingerprint, probe
+from lora_lite.hooks import Control, Entry
+from lora_lite.plugins import provider
+from lora_lite.registry import adapted_root, install, is_dtensor, refuse_sharded, refuse_unfit, registry_of, remove
+from lora_lite.state import place_values, unpack
+from lora_lite.targets import Overrides, Patterns, Placement, named_modules, place, plan, root_of
+from lora_lite.variant import Rng, Site, Variant
+
+
+def attach(
+    model: nn.Module,
+    variant: str | Variant,
+    /,
+    *,
+    name: str = "default",
+    targets: Patterns = None,
+    exclude: Patterns = None,
+    layers: int | Iterable[int] | None = None,
+    overrides: Overrides = None,
+    calibration: Iterable[Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **fields: Any,
+) -> Adapter:
+    """Attach a variant to the linear layers of a model. All or nothing: an error leaves the model as it was.
+
+    The base is frozen (and `detach` restores its `requires_grad`); only the adapter's parameters train.
+
+    Args:
+        model: any module; its base weights are read, never written.
+        variant: the name of an installed variant, or an instance of a `Variant` subclass.
+        name: of the adapter, for several on one model.
+        targets, exclude, layers, overrides: which layers, as for `plan`.
+        calibration: model inputs (mappings, tuples or tensors; a DataLoader works), where the variant needs them.
+        dtype: of the trainable tensors. float32 by default also on a bfloat16 base, since bfloat16 loses small updates.
+        seed: of the random start values, which depend on (seed, site path, tensor name) alone.
+        fields: hyperparameters, where `variant` is a name.
+
+    Raises:
+        UnknownVariantError, PluginError, FieldError, TargetError, LayerKindError, MisfitError: as `plan`.
+        CalibrationError: calibration data is missing, superfluous, empty or rejected.
+        AdapterError: the name is in use, or the model cannot carry an adapter as it is.
+    """
+    chosen = plan(
+        model, variant, targets=targets, exclude=exclude, layers=layers, overrides=overrides, **fields
+    )  # fmt: skip
+    root = root_of(model)
+    refuse_sharded(root)
+    refuse_unfit(root, chosen.placements, name)
+    if not dtype.is_floating_point:
+        raise AdapterError(f"dtype={dtype}: the trainable tensors need a floating-point dtype")
+    with ExitStack() as stack:
+        for other in adapters(root).values():
+            stack.enter_context(other.disabled())
+        statistics = calibrate(root, chosen.placements, calibration)
+        placements = _specialize(chosen.placements, statistics)
+        control = Control(name, chosen.variant, seed)
+        values = {p.spot.path: _start_values(p, statistics.get(p.spot.path, {}), control, dtype) for p in placements}
+    install(root, control, placements, values)
+    return Adapter(root, control)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by name: also of a copy, an unpickled model, or one inside a wrapper (DDP, `torch.compile`).
+
+    Raises:
+        AdapterError: `model` is only a part of the model through which they were attached.
+    """
+    root = adapted_root(model)
+    registry = registry_of(root) if root is not None else None
+    if root is None or registry is None:
+        return {}
+    return {name: Adapter(root, control) for name, control in registry.controls.items()}
+
+
+def adapter_of(model: nn.Module, name: str | None) -> Adapter:
+    """The adapter called `name`, or the only one.
+
+    Raises:
+        AdapterError: there is none of this name, or none at all, or several and no name was given.
+    """
+    found = adapters(model)
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        have = f"it has {', '.join(map(repr, sorted(found)))}" if found else "it has no adapter"
+        asked = f"no adapter named {name!r}" if name is not None else "no single adapter to choose"
+        raise AdapterError(f"the model has {asked}; {have}" + ("; give name=" if found else ""))
+    return found[name]
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Detach the adapter called `name`, or the only one. The last to leave leaves the model bit for bit what it was.
+
+    Raises:
+        AdapterError: see `adapter_of`; or the model's parameters are sharded.
+    """
+    adapter_of(model, name).detach()
+
+
+class Adapter:
+    """A variant attached to a model under a name: what `attach` and `load` return, and `adapters` finds again."""
+
+    def __init__(self, root: nn.Module, control: Control) -> None:
+        self._root: nn.Module | None = root
+        self._control = control
+        modules = dict(named_modules(root))
+        self._modules = {path: modules[path] for path in control.entries}
+
+    # --- what it is
+
+    @property
+    def name(self) -> str:
+        """The name it was attached under."""
+        return self._control.name
+
+    @property
+    def variant(self) -> Variant:
+        """The variant, as asked for; `sites` has the one of each site."""
+        return self._control.variant
+
+    @property
+    def sites(self) -> dict[str, Variant]:
+        """The variant of each site, by path: overrides and specialisation included."""
+        return {path: entry.variant for path, entry in self._control.entries.items()}
+
+    @property
+    def seed(self) -> int:
+        """The seed of its random start values."""
+        return self._control.seed
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates that it adds for each token, over all sites."""
+        return sum(entry.variant.macs_per_token(site) for entry, site in self._each())
+
+    @property
+    def macs_per_forward(self) -> int:
+        """Multiply-accumulates that it adds once a forward, over all sites."""
+        return sum(entry.variant.macs_per_forward(site) for entry, site in self._each())
+
+    def __repr__(self) -> str:
+        if self._root is None:
+            return f"Adapter({self.name!r}: {self.variant}, detached)"
+        suffixes = Counter(path.rpartition(".")[2] for path in self._control.entries)
+        frozen = sum(t.numel() for _, t in self._stored() if not t.requires_grad)
+        state = f"scale {self.scale:g}" + ("" if self._control.enabled else ", disabled")
+        return (
+            f"Adapter({self.name!r}: {self.variant}, {state}\n"
+            f"  sites       {len(self._control.entries)} ({', '.join(f'{s} x {n}' for s, n in suffixes.items())})\n"
+            f"  parameters  {self.num_parameters:,} trainable, {frozen:,} frozen\n"
+            f"  MACs        {self.macs_per_token:,} a token, {self.macs_per_forward:,} a forward)"
+        )
+
+    # --- training
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters, as (`path.tensor`, parameter)."""
+        for entry, site in self._each():
+            stored = entry.stored(self._modules[site.path])
+            for tensor, spec in entry.specs.items():
+                if spec.trainable:
+                    yield f"{site.path}.{tensor}", stored[tensor]  # type: ignore[misc]
+
+    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, with weight decay kept off the tensors that must not decay.
+
+        Args:
+            weight_decay: of the decaying tensors.
+        """
+        decays = {
+            f"{path}.{tensor}": spec.decay
+            for path, entry in self._control.entries.items()
+            for tensor, spec in entry.specs.items()
+        }
+        named = list(self.named_parameters())
+        groups = [
+            {"params": [p for name, p in named if decays[name]], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def project(self) -> None:
+        """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
+        with torch.no_grad():
+            for entry, site in self._each():
+                entry.variant.project(site, entry.stored(self._modules[site.path]))
+
+    def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Call `project` after every step of `optimizer`. The returned handle's `remove()` ends that."""
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+
+        def after_step(*_: Any) -> None:
+            if self._root is not None:
+                self.project()
+
+        return inner.register_step_post_hook(after_step)
+
+    def penalty(self) -> Tensor:
+        """The sum of the variant's penalties over all sites, a scalar to be added to the loss (0 for most variants)."""
+        total = torch.zeros((), device=next(self.parameters()).device)
+        for entry, site in self._each():
+            term = entry.variant.penalty(site, entry.stored(self._modules[site.path]))
+            total = total if term is None else total + term
+        return total
+
+    # --- switches
+
+    @property
+    def scale(self) -> float:
+        """S in y' = y + s Δ: 1 is the adapter, 0 the base. Do not change it between a forward and its backward where gradient
+        checkpointing is on: the recomputed forward would use the new value.
+        """
+        return self._control.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._attached().scale = float(value)
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter changes the model's output: not `disabled()`, and its scale not 0."""
+        return self._control.enabled and self.scale != 0
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without this adapter, for the duration of the context."""
+        control = self._attached()
+        before, control.enabled = control.enabled, False
+        try:
+            yield
+        finally:
+            control.enabled = before
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """For generation: `Variant.prepare` runs once instead of once a forward. Forwards with gradients prepare afresh.
+
+        Raises:
+            AdapterError: on leaving, if the adapter's tensors were changed inside: outputs may be those of the old values.
+        """
+        control = self._attached()
+        before, control.frozen = control.frozen, True
+        versions = [t._version for _, t in self._stored()]
+        try:
+            yield
+        finally:
+            control.frozen = before
+            for entry in control.entries.values():
+                entry.prepared = {}
+        if versions != [t._version for _, t in self._stored()]:
+            raise AdapterError(f"adapter {self.name!r} was changed under frozen(), which is for inference only")
+
+    # --- state
+
+    def state_dict(self, derived: bool = True) -> dict[str, Tensor]:
+        """What is saved, as `{"path.tensor": tensor}`, detached.
+
+        Args:
+            derived: whether to include the tensors that can be derived from the base again.
+        """
+        state = {}
+        for entry, site in self._each():
+            stored = {k: _whole(v.detach()) for k, v in entry.stored(self._modules[site.path]).items()}
+            for tensor, value in entry.variant.state_dict(site, stored).items():
+                if derived or tensor not in entry.specs or not entry.specs[tensor].derived:
+                    state[f"{site.path}.{tensor}"] = value
+        return state
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a full `state_dict` into the attached tensors, strictly: all of it or nothing.
+
+        Raises:
+            AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
+        """
+        values = unpack(self._placements(), tensors)
+        with torch.no_grad():
+            for entry, site in self._each():
+                for tensor, target in entry.stored(self._modules[site.path]).items():
+                    target.copy_(values[site.path][tensor])
+
+    def save(self, path: str | os.PathLike[str], *, derived: bool = True) -> None:
+        """Write the adapter to a safetensors file, atomically.
+
+        On a sharded model (FSDP2) this is collective: every process calls it, rank 0 writes.
+
+        Args:
+            path: of the file.
+            derived: whether tensors that can be derived from the base again go into the file. Without them the file is small,
+                and loading derives and verifies them: close to the saved ones, not bitwise equal.
+
+        Raises:
+            AdapterFileError: the path cannot be written, or `derived=False` and nothing was derived from the base alone.
+        """
+        state = self.state_dict(derived)
+        if not derived and not self._derived():
+            raise AdapterFileError(
+                f"derived=False: {self.variant} has no tensor that can be derived from the base alone; save with derived=True"
+            )
+        sharded = any(is_dtensor(t) for _, t in self._stored())
+        if not sharded or torch.distributed.get_rank() == 0:
+            fileformat.write(path, state, self._metadata(derived))
+
+    def detach(self) -> None:
+        """Take the adapter off the model. The last one to leave leaves it bit for bit what it was, `requires_grad` included.
+
+        Raises:
+            AdapterError: detached already, or the model's parameters are sharded.
+        """
+        self._attached()
+        assert self._root is not None
+        refuse_sharded(self._root)
+        remove(self._root, self._control)
+        self._root = None
+        self._modules = {}
+
+    # --- inside
+
+    def _attached(self) -> Control:
+        registry = registry_of(self._root) if self._root is not None else None
+        if registry is None or registry.controls.get(self.name) is not self._control:
+            raise AdapterError(f"adapter {self.name!r} ({self.variant}) is detached")
+        return self._control
+
+    def _each(self) -> Iterator[tuple[Entry, Site]]:
+        for path, entry in self._attached().entries.items():
+            yield entry, Site(entry.spot, self._modules[path])
+
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        for entry, site in self._each():
+            for tensor, value in entry.stored(self._modules[site.path]).items():
+                yield f"{site.path}.{tensor}", value
+
+    def _derived(self) -> dict[str, Tensor]:
+        names = {f"{s.path}.{tensor}" for e, s in self._each() for tensor, spec in e.specs.items() if spec.derived}
+        return {name: value for name, value in self._stored() if name in names}
+
+    def _placements(self) -> list[Placement]:
+        return [Placement(e.spot, self._modules[s.path], e.variant, e.specs) for e, s in self._each()]
+
+    def _metadata(self, derived: bool) -> Metadata:
+        sites = self.sites
+        distinct = list(dict.fromkeys(sites.values()))
+        distribution, version = provider(type(self.variant))
+        return Metadata(
+            format=fileformat.FORMAT,
+            variant=self.variant.name,
+            variant_format=self.variant.format,
+            provider=f"{distribution} {version}".strip(),
+            core=metadata.version("lora-lite-core"),
+            configurations=[variant.model_dump_json() for variant in distinct],
+            sites={path: distinct.index(variant) for path, variant in sites.items()},
+            seed=self.seed,
+            scale=self.scale,
+            dtype=dtype_name(next(self.parameters()).dtype),
+            derived=derived,
+            uses_base=self._control.uses_base,
+            fingerprint=fingerprint({site.path: site for _, site in self._each()}),
+            probes={} if derived else {name: probe(value) for name, value in self._derived().items()},
+        )
+
+
+def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mapping[str, Tensor]]) -> Sequence[Placement]:
+    """Let each variant choose per-site variants for its own sites from their statistics."""
+    chosen: dict[str, Variant | None] = {p.spot.path: p.variant for p in placements}
+    for variant in dict.fromkeys(p.variant for p in placements):
+        sites = {p.spot.path: p.site for p in placements if p.variant == variant}
+        changed = variant.specialize(sites, {path: statistics.get(path, {}) for path in sites})
+        if not changed.keys() <= sites.keys():
+            raise TargetError(f"{variant} specialises sites it was not given: {sorted(changed.keys() - sites.keys())}")
+        chosen.update(changed)
+    if all(p.variant is chosen[p.spot.path] for p in placements):
+        return placements
+    kept = [(p.spot, p.module, v) for p in placements if (v := chosen[p.spot.path]) is not None]
+    if not kept:
+        raise TargetError(f"{placements[0].variant} drops every one of its {len(placements)} sites")
+    return place(kept)
+
+
+def _start_values(
+    placement: Placement, statistics: Mapping[str, Tensor], control: Control, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    site, variant = placement.site, placement.variant
+    with torch.no_grad():
+        derived = variant.derive(site)
+        started = variant.init(site, derived, statistics, _rng(control.seed, site.path))
+    control.uses_base |= site.weight_was_read
+    return place_values(placement, {**derived, **started}, dtype)
+
+
+def _rng(seed: int, path: str) -> Rng:
+    """Generators that depend on (seed, path, tensor name) alone."""
+
+    def generator(tensor: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{seed}/{path}/{tensor}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    return generator
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor; collective."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,0 +1,110 @@
+"""The command `lora-lite`: variants, plan, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lite import fileformat
+from lora_lite.errors import LoraLiteError
+from lora_lite.plugins import variants
+from lora_lite.targets import plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 0, or 1 after a message on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except LoraLiteError as error:
+        print(f"lora-lite: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-lite", description="Adapters for PyTorch models.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    listing = commands.add_parser("variants", help="list the installed variants")
+    listing.set_defaults(run=_variants)
+    planning = commands.add_parser("plan", help="show what attach would do, without loading weights")
+    planning.add_argument("model", help="a directory or hub id of a transformers model; only its configuration is read")
+    planning.add_argument("variant", help="an installed variant")
+    planning.add_argument("--targets", action="append", help="a regular expression on layer names; may be repeated")
+    planning.add_argument("--exclude", action="append", help="likewise, taken away again")
+    planning.add_argument("--layers", type=int, nargs="+", help="indices of the repeated blocks")
+    planning.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the variant")
+    planning.set_defaults(run=_plan)
+    inspecting = commands.add_parser("inspect", help="show what a file holds, without its plugin or a model")
+    inspecting.add_argument("file")
+    inspecting.set_defaults(run=_inspect)
+    return parser
+
+
+def _variants(_: argparse.Namespace) -> str:
+    rows = [f"{i.name:<18} {i.distribution} {i.version}  ({i.target})" for i in variants().values()]
+    return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
+
+
+def _plan(options: argparse.Namespace) -> str:
+    fields = dict(_assignment(text) for text in options.set)
+    found = plan(
+        _empty_model(options.model),
+        options.variant,
+        targets=options.targets,
+        exclude=options.exclude,
+        layers=options.layers,
+        **fields,
+    )
+    return str(found)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """`r=8` as ("r", 8): a JSON value where it is one, else text."""
+    field, separator, value = text.partition("=")
+    if not separator:
+        raise LoraLiteError(f"--set {text}: expected FIELD=VALUE, such as --set r=8")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def _empty_model(name: str) -> nn.Module:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise LoraLiteError("lora-lite plan reads models with transformers; pip install transformers") from None
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise LoraLiteError(f"{name} cannot be read as a causal language model of transformers: {error}") from None
+    return model
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    header, tensors = fileformat.read_metadata(options.file)
+    lines = [
+        f"variant      {header.variant} (format {header.variant_format})",
+        f"written by   {header.provider}, lora-lite-core {header.core}, file format {header.format}",
+        f"seed, scale  {header.seed}, {header.scale:g}",
+        (
+            f"tensors      {len(tensors)}, {sum(math.prod(shape) for _, shape in tensors.values()):,} numbers, "
+            f"trainable ones in {header.dtype}"
+        ),
+        f"derived      {'in the file' if header.derived else 'left out; derived from the base and verified on loading'}",
+        f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
+    ]
+    for number, configuration in enumerate(header.configurations):
+        sites = [site for site, index in header.sites.items() if index == number]
+        lines += [f"fields       {configuration}", *(f"  {site}" for site in sites)]
+    return "\n".join(lines)

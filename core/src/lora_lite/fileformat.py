@@ -1,0 +1,140 @@
+"""The file: safetensors with validated metadata, written atomically. No pickle, no code, nothing executed.
+
+Tensors go by `site path . tensor name`, without the adapter's name. The metadata is one JSON text under the key
+`lora_lite`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from lora_lite.errors import AdapterFileError
+
+FORMAT = 1
+KEY = "lora_lite"
+
+
+class Metadata(BaseModel):
+    """What a file says of itself.
+
+    Attributes:
+        format: of the file; a newer one is refused.
+        variant, variant_format: the method's name, and the `Variant.format` that its fields and tensors follow.
+        provider, core: distributions and versions that wrote the file.
+        configurations, sites: the variants' fields as JSON, and for each site which of them it has.
+        seed, scale, dtype: of the adapter; dtype is that of its trainable tensors.
+        derived: whether derived tensors are in the file; where they are not, `probes` verify them.
+        uses_base: whether tensors were computed from the base's weights.
+        fingerprint: samples of the base's weights by site.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+    format: int
+    variant: str
+    variant_format: int
+    provider: str
+    core: str
+    configurations: list[str]
+    sites: dict[str, int]
+    seed: int
+    scale: float
+    dtype: str
+    derived: bool
+    uses_base: bool
+    fingerprint: dict[str, str]
+    probes: dict[str, list[float]]
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Write all of it or nothing: a temporary file beside the target, synced, then renamed over it.
+
+    Raises:
+        AdapterFileError: the path cannot be written; a file that was there before is untouched.
+    """
+    target = Path(path)
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(contents, {KEY: metadata.model_dump_json()})
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise AdapterFileError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, Tensor]]:
+    """Metadata and tensors, on the CPU.
+
+    Raises:
+        AdapterFileError: no such file, not an adapter of lora-lite, damaged, or of a newer format.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = parse_metadata(path, file.metadata() or {})
+            # A clone, since the file's own memory is not aligned and sums over it differ in the last bit.
+            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, tuple[str, list[int]]]]:
+    """Metadata, and dtype and shape of every tensor, without reading the tensors.
+
+    Raises:
+        AdapterFileError: as `read`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = parse_metadata(path, file.metadata() or {})
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return metadata, {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def parse_metadata(path: str | os.PathLike[str], raw: Mapping[str, str]) -> Metadata:
+    """The validated metadata of a file's header."""
+    if KEY not in raw:
+        raise AdapterFileError(f"{path} is not an adapter of lora-lite: its metadata has no {KEY!r}")
+    try:
+        loaded: Any = json.loads(raw[KEY])
+        version = loaded.get("format") if isinstance(loaded, dict) else None
+        if isinstance(version, int) and version > FORMAT:
+            raise AdapterFileError(
+                f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}; this one reads up to "
+                f"{FORMAT}. pip install --upgrade lora-lite-core"
+            )
+        return Metadata.model_validate_json(raw[KEY])
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise AdapterFileError(f"{path} has damaged metadata: {error}") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,66 @@
+"""The top-r singular value decomposition that several plugins share, with a fixed sign convention."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_lite.errors import SiteError
+from lora_lite.variant import Site
+
+SvdMethod = Literal["randomized", "exact"]
+
+# Oversampling p and power iterations q of the randomised method, as multiples that depend on the rank.
+MIN_OVERSAMPLING = 32
+POWER_ITERATIONS = 6
+
+
+def check_rank(r: int, site: Site, field: str = "r") -> None:
+    """Raises `SiteError` naming the largest possible rank where r > min(d_in, d_out)."""
+    largest = min(site.d_in, site.d_out)
+    if r > largest:
+        raise SiteError(field, f"{r} is larger than this layer allows; the largest possible is {largest}")
+
+
+def top_r_svd(w: Tensor, r: int, method: SvdMethod = "randomized") -> tuple[Tensor, Tensor, Tensor]:
+    """The r largest singular triplets, W ≈ U diag(S) V, the same every time for the same W.
+
+    Signs are fixed: the entry of largest magnitude in every row of V is positive.
+
+    Args:
+        w: (d_out, d_in), any floating dtype; the work is done in float32, or float64 for a float64 W.
+        r: 1 ≤ r ≤ min(d_in, d_out).
+        method: "exact" is `torch.linalg.svd`. "randomized" is subspace iteration with oversampling (Halko, Martinsson and
+            Tropp 2011, arXiv:0909.4061) from a fixed start; where that would save nothing it is the exact one.
+
+    Returns:
+        U (d_out, r), S (r,), V (r, d_in), orthonormal in their columns and rows.
+    """
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    if method == "exact" or 2 * _sketch_size(r) >= min(w.shape):
+        u, s, v = torch.linalg.svd(w, full_matrices=False)
+    else:
+        u, s, v = _randomized_svd(w, _sketch_size(r))
+    u, s, v = u[:, :r], s[:r], v[:r]
+    largest = v.gather(1, v.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(v.dtype)
+    return u * signs.T, s, v * signs
+
+
+def _sketch_size(r: int) -> int:
+    return r + max(MIN_OVERSAMPLING, r)
+
+
+def _randomized_svd(w: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """On the side of the smaller dimension: the range of (W Wᵀ)^q W Ω, then the SVD of the small projection."""
+    tall = w.shape[0] > w.shape[1]
+    a = w.T if tall else w
+    start = torch.randn(a.shape[1], size, generator=torch.Generator().manual_seed(0)).to(a)
+    q = torch.linalg.qr(a @ start).Q
+    for _ in range(POWER_ITERATIONS):
+        q = torch.linalg.qr(a @ (a.T @ q)).Q
+    u, s, v = torch.linalg.svd(q.T @ a, full_matrices=False)
+    u = q @ u
+    return (v.T, s, u.T) if tall else (u, s, v)

@@ -1,0 +1,232 @@
+"""From a name to a validated variant, and from a module to its layer kind: lazily, with errors that tell what to do.
+
+Installed plugins are listed from metadata alone; only the one that is asked for is imported. pluggy holds what was
+imported. Its own entry-point loader is not used: it imports everything, stops at the first broken plugin, and skips
+duplicates in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pluggy
+from pydantic import ValidationError
+from torch import nn
+
+from lora_lite import hookspecs, layers
+from lora_lite.errors import FieldError, PluginError, UnknownVariantError, did_you_mean
+from lora_lite.layers import LayerKind
+from lora_lite.variant import Variant
+
+VARIANTS = "lora_lite.variants"
+LAYERS = "lora_lite.layers"
+
+FIRST_PARTY = {
+    "lora": "lora-lite-lora",
+    "pissa": "lora-lite-pissa",
+    "dora": "lora-lite-dora",
+    "eva": "lora-lite-eva",
+    "hra": "lora-lite-hra",
+    "delora": "lora-lite-delora",
+    "ia3": "lora-lite-ia3",
+    "ia3_ff": "lora-lite-ia3",
+    "lora_xs": "lora-lite-lora-xs",
+    "road": "lora-lite-road",
+    "antipasto": "lora-lite-antipasto",
+    "antipasto_gain": "lora-lite-antipasto",
+    "antipasto_ablate": "lora-lite-antipasto",
+    "antipasto_mix": "lora-lite-antipasto",
+}
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """An installed variant, from metadata alone: nothing was imported to make this.
+
+    Attributes:
+        name: what `attach` takes.
+        distribution: the installed package that provides it, and its `version`.
+        target: where the class is, `module:Class`.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    target: str
+
+
+class _Manager(pluggy.PluginManager):
+    """Looks for hook implementations under the names that have a spec, and nowhere else in a pydantic class."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        return super().parse_hookimpl_opts(plugin, name) if hasattr(hookspecs, name) else None
+
+
+_manager = _Manager("lora_lite")
+_manager.add_hookspecs(hookspecs)
+for _kind in layers.BUILT_IN:
+    _manager.register(_kind, type(_kind).__name__)
+
+
+def variants() -> dict[str, VariantInfo]:
+    """The installed variants by name, read from metadata without importing any of them.
+
+    A name that several distributions provide is listed once, under all of them; `attach` refuses it.
+    """
+    found: dict[str, VariantInfo] = {}
+    for name, points in sorted(_entry_points(VARIANTS).items()):
+        found[name] = VariantInfo(
+            name,
+            " / ".join(_distribution(point) for point in points),
+            " / ".join(_version(point) for point in points),
+            " / ".join(point.value for point in points),
+        )
+    return found
+
+
+def variant_class(name: str) -> type[Variant]:
+    """The class of an installed variant.
+
+    Raises:
+        UnknownVariantError: no installed distribution provides `name`.
+        PluginError: one does, and cannot be used.
+    """
+    found: type[Variant] | None = _manager.hook.lora_lite_variant(name=name)
+    if found is not None:
+        return found
+    points = _entry_points(VARIANTS)
+    if name not in points:
+        raise UnknownVariantError(_not_installed(name, sorted(points)))
+    loaded = _load(name, points[name], "variant")
+    if not (isinstance(loaded, type) and issubclass(loaded, Variant)):
+        raise PluginError(f"{_where(points[name][0])} gives {loaded!r}; expected a subclass of lora_lite.Variant")
+    if loaded.name != name:
+        raise PluginError(
+            f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}; "
+            f"its author must make the entry point and `class {loaded.__qualname__}(Variant, name=...)` agree"
+        )
+    _manager.register(loaded, name=f"{VARIANTS}:{name}")
+    return loaded
+
+
+def make_variant(variant: str | Variant, fields: Mapping[str, Any]) -> Variant:
+    """A validated variant from its name and fields, or the instance itself.
+
+    Raises:
+        FieldError: an unknown or invalid field; or fields given beside an instance.
+    """
+    if isinstance(variant, Variant):
+        if fields:
+            raise FieldError(f"{variant} is already made: put {', '.join(fields)} into it instead of into this call")
+        if not variant.name:
+            raise FieldError(f"{type(variant).__qualname__} has no name: write `class ...(Variant, name='my_method')`")
+        return variant
+    if not isinstance(variant, str):
+        raise FieldError(f"a variant is a name or an instance of a Variant subclass, not {variant!r}")
+    return validated(variant_class(variant), fields)
+
+
+def validated(cls: type[Variant], fields: Mapping[str, Any]) -> Variant:
+    """`cls(**fields)`, with pydantic's complaints turned into a `FieldError` that names variant and fields."""
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        raise FieldError(f"variant {cls.name!r}: {'; '.join(_complaints(cls, error))}") from None
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The layer kind that can read `module`, or None. Loads the plugin named after the module's root package, if any.
+
+    Raises:
+        PluginError: that plugin cannot be used.
+    """
+    package = type(module).__module__.partition(".")[0]
+    points = _layer_points().get(package)
+    plugin = f"{LAYERS}:{package}"
+    if points and not _manager.has_plugin(plugin):
+        loaded = _load(package, points, "layer kind")
+        if not (isinstance(loaded, type) and issubclass(loaded, LayerKind)):
+            raise PluginError(f"{_where(points[0])} gives {loaded!r}; expected a subclass of lora_lite.LayerKind")
+        _manager.register(loaded(), name=plugin)
+    kind: LayerKind | None = _manager.hook.lora_lite_layer_kind(module=module)
+    return kind
+
+
+def provider(cls: type[Variant]) -> tuple[str, str]:
+    """(distribution, version) of a variant class, or its module and "" where it is not installed as a plugin."""
+    for point in _entry_points(VARIANTS).get(cls.name, []):
+        if point.value == f"{cls.__module__}:{cls.__qualname__}":
+            return _distribution(point), _version(point)
+    return cls.__module__, ""
+
+
+_layer_cache: dict[str, list[metadata.EntryPoint]] | None = None
+
+
+def _layer_points() -> dict[str, list[metadata.EntryPoint]]:
+    global _layer_cache
+    if _layer_cache is None:
+        _layer_cache = _entry_points(LAYERS)
+    return _layer_cache
+
+
+def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
+    """By name; several only where different distributions or objects claim the same name."""
+    found: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
+    for point in metadata.entry_points(group=group):
+        found.setdefault(point.name, {}).setdefault((_distribution(point), point.value), point)
+    return {name: list(points.values()) for name, points in found.items()}
+
+
+def _load(name: str, points: list[metadata.EntryPoint], what: str) -> Any:
+    if len(points) > 1:
+        providers = " and ".join(f"{_distribution(point)} {_version(point)} ({point.value})" for point in points)
+        raise PluginError(f"{what} {name!r} is provided twice, by {providers}; uninstall one of them")
+    try:
+        return points[0].load()
+    except Exception as error:
+        needs = [need for need in _requires(points[0]) if need.startswith("lora-lite-core")]
+        raise PluginError(
+            f"{_where(points[0])} is installed but fails on import: {type(error).__name__}: {error}. "
+            f"It asks for {needs[0] if needs else 'no particular lora-lite-core'}; "
+            f"installed is lora-lite-core {metadata.version('lora-lite-core')}"
+        ) from error
+
+
+def _not_installed(name: str, installed: list[str]) -> str:
+    have = f"installed: {', '.join(installed)}" if installed else "no variant is installed"
+    if name in FIRST_PARTY:
+        return f"variant {name!r} is not installed ({have}); pip install {FIRST_PARTY[name]}"
+    return f"there is no variant {name!r}{did_you_mean(name, [*installed, *FIRST_PARTY])} ({have})"
+
+
+def _complaints(cls: type[Variant], error: ValidationError) -> list[str]:
+    fields = list(cls.model_fields)
+    complaints = []
+    for detail in error.errors(include_url=False):
+        field = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            known = f"its fields are {', '.join(fields)}" if fields else "it has no fields"
+            complaints.append(f"there is no field {field!r}{did_you_mean(field, fields)} ({known})")
+        else:
+            complaints.append(f"{field or 'fields'}={detail['input']!r}: {detail['msg']}")
+    return complaints
+
+
+def _where(point: metadata.EntryPoint) -> str:
+    return f"{point.group} {point.name!r} of {_distribution(point)} {_version(point)} ({point.value})"
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unknown distribution"
+
+
+def _version(point: metadata.EntryPoint) -> str:
+    return point.dist.version if point.dist else "?"
+
+
+def _requires(point: metadata.EntryPoint) -> list[str]:
+    return (point.dist.requires or []) if point.dist else []

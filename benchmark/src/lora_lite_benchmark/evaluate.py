@@ -1,0 +1,94 @@
+"""How good a model is: exact match of the final number, and the loss of the reference answer in nats per token."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from lora_lite_benchmark.answers import final_number, is_correct
+from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.data import IGNORED, Batch, Problem, collate, encode, prompt_ids
+from lora_lite_benchmark.results import Outcome
+
+__all__ = ["evaluate", "generate", "nats", "score"]
+
+
+def evaluate(model: nn.Module, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[Outcome]:
+    """The outcome of every problem, in order. `model` is in eval mode, and still is afterwards."""
+    texts = generate(model, tokenizer, config, problems, name)
+    scores = score(model, tokenizer, config, problems, name)
+    return [
+        Outcome(
+            question=problem.question,
+            reference=str(final_number(problem.answer)),
+            prediction=text,
+            number=None if (number := final_number(text)) is None else str(number),
+            correct=is_correct(text, problem.answer),
+            nats=loss,
+            tokens=tokens,
+        )
+        for problem, text, (loss, tokens) in zip(problems, texts, scores, strict=True)
+    ]
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[str]:
+    """What the model writes after each prompt, greedily, until its end of text or `max_new_tokens`."""
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    prompts = [prompt_ids(tokenizer, config, problem) for problem in problems]
+    texts = [""] * len(prompts)
+    for rows in _batches([len(prompt) for prompt in prompts], config.eval_batch_size, f"{name}: generate"):
+        ids, mask = _pad_left([prompts[row] for row in rows], tokenizer.pad_token_id)
+        written = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy)
+        decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, decoded, strict=True):
+            texts[row] = text
+    return texts
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[tuple[float, int]]:
+    """Of each problem: the nats of its reference answer under the model, and how many tokens that answer has."""
+    examples = [encode(tokenizer, config, problem) for problem in problems]
+    scores = [(0.0, 0)] * len(examples)
+    for rows in _batches([len(example.ids) for example in examples], config.eval_batch_size, f"{name}: loss"):
+        batch = collate((examples[row] for row in rows), tokenizer.pad_token_id)
+        sums = nats(model, batch.to(model.device)).tolist()
+        for row, loss in zip(rows, sums, strict=True):
+            scores[row] = (loss, len(examples[row].ids) - examples[row].start)
+    return scores
+
+
+def nats(model: nn.Module, batch: Batch) -> Tensor:
+    """The negative log likelihood of each row's answer, shape (rows,), in float32."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    labels = batch.labels[:, 1:]
+    losses = functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(labels).sum(dim=1)
+
+
+def _batches(lengths: Sequence[int], size: int, title: str) -> Iterator[list[int]]:
+    """Indices in batches of like length (less padding), the longest first (memory runs out early or never)."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in tqdm(range(0, len(order), size), desc=title, leave=False):
+        yield order[start : start + size]
+
+
+def _pad_left(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each (rows, tokens), ending where generation starts."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask

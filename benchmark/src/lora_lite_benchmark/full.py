@@ -1,0 +1,69 @@
+"""The rows without an adapter, in an adapter's clothes: every weight trained, or none.
+
+They answer what `run` asks of an adapter, so that the protocol has no special cases.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from lora_lite_benchmark.files import write_atomically
+
+__all__ = ["BaseModel", "FullModel"]
+
+
+class FullModel:
+    """Full fine-tuning: the upper end of what an adapter could learn. Weight decay applies to matrices only."""
+
+    macs_per_token = 0
+    macs_per_forward = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(True)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        parameters = list(self.model.parameters())
+        return [
+            {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
+            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def project_after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to project."""
+
+    def penalty(self) -> float:
+        return 0.0
+
+    def frozen(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def save(self, path: Path, *, derived: bool = True) -> None:
+        """All weights in one safetensors file; there are no derived ones to leave out."""
+        write_atomically(path, lambda temporary: save_model(self.model, str(temporary)))
+
+    @staticmethod
+    def load(model: nn.Module, path: Path) -> None:
+        load_model(model, path)
+
+
+class BaseModel(FullModel):
+    """The base as it is: nothing is trained, so nothing is counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(False)
+
+    @property
+    def num_parameters(self) -> int:
+        return 0

@@ -1,0 +1,156 @@
+"""One row of the table, from its config to its result; and many rows, of which one may fail."""
+
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lora_lite as ll
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lora_lite_benchmark.config import SPECIAL_ROWS, RunConfig
+from lora_lite_benchmark.data import Batch, Example, collate, encode, load_problems
+from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.evaluate import evaluate
+from lora_lite_benchmark.files import write_text
+from lora_lite_benchmark.measure import peak_memory, reset_peak_memory, synchronize, time_step
+from lora_lite_benchmark.models import load_model, load_tokenizer
+from lora_lite_benchmark.results import Measurements, Result, Split, machine, versions
+from lora_lite_benchmark.train import batch_rows, epoch_order, train
+from lora_lite_benchmark.variants import AnyAdapter, attach_adapter, distribution
+from lora_lite_benchmark.verify import logits, reload_agrees
+
+__all__ = ["ADAPTER_FILE", "run_all", "run_one"]
+
+ADAPTER_FILE = "adapter.safetensors"
+CHECKPOINT_FILE = "checkpoint.pt"
+ERROR_FILE = "error.txt"
+VERIFIED_ROWS = 4
+
+
+def run_one(config: RunConfig, out: Path) -> Result:
+    """Train, test, save, and prove the saved file. A complete run is read, not repeated; a killed one goes on."""
+    folder = out / config.folder
+    if (done := Result.load(folder)) is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise BenchmarkError(f"started as {accelerator.num_processes} processes; this version runs as one")
+
+    tokenizer = load_tokenizer(config)
+    pad: int = tokenizer.pad_token_id
+    examples, skipped = _training_examples(tokenizer, config)
+    batch = collate((examples[row] for row in batch_rows(0, len(examples), config)), pad)
+    batch = batch.to(accelerator.device)
+    trains = config.variant != "base"
+
+    model = load_model(config, accelerator.device)
+    started = time.perf_counter()
+    adapter = attach_adapter(model, config, lambda: _calibration(examples, config, pad, accelerator.device))
+    synchronize(accelerator.device)
+    init_s = time.perf_counter() - started
+
+    reset_peak_memory(accelerator.device)
+    started = time.perf_counter()
+    curve = []
+    if trains:
+        checkpoint = folder / CHECKPOINT_FILE
+        curve = train(model, adapter, examples, config, accelerator, pad, checkpoint)
+    train_s = time.perf_counter() - started
+    forward_ms, backward_ms = time_step(model, batch, backward=trains)
+    memory, memory_of = peak_memory(accelerator.device)
+
+    with adapter.frozen():
+        splits = {
+            name: Split(outcomes=tuple(evaluate(model, tokenizer, config, load_problems(source), f"{config.label}: {name}")))
+            for name, source in (("validation", config.validation), ("test", config.test))
+            if source is not None
+        }
+    if trains:
+        adapter.save(folder / ADAPTER_FILE)
+        sample = Batch(*(tensor[:VERIFIED_ROWS] for tensor in batch))
+        reload_agrees(config, folder / ADAPTER_FILE, sample, logits(model, sample))
+
+    result = Result(
+        hash=config.hash,
+        config=config,
+        versions=versions(distribution(config.variant)),
+        machine=machine(accelerator.device),
+        skipped_rows=skipped,
+        measurements=Measurements(
+            parameters=adapter.num_parameters,
+            macs_per_token=adapter.macs_per_token,
+            macs_per_forward=adapter.macs_per_forward,
+            forward_ms=forward_ms,
+            backward_ms=backward_ms if trains else None,
+            init_s=init_s if trains else None,
+            train_s=train_s if trains else None,
+            peak_memory_bytes=memory,
+            peak_memory_of=memory_of,
+            file_bytes=(folder / ADAPTER_FILE).stat().st_size if trains else None,
+            slim_file_bytes=None if config.variant in SPECIAL_ROWS else _slim_size(adapter, folder),
+        ),
+        reloaded_identical=True if trains else None,
+        test=splits.get("test"),
+        validation=splits.get("validation"),
+        curve=tuple(curve),
+    )
+    result.save(folder)
+    for leftover in (CHECKPOINT_FILE, ERROR_FILE):
+        (folder / leftover).unlink(missing_ok=True)
+    return result
+
+
+def run_all(
+    configs: Sequence[RunConfig], out: Path, report: Callable[[RunConfig, Result | Exception], None]
+) -> tuple[list[Result], int]:
+    """Run every config and `report` each outcome; one that fails does not stop the others.
+
+    Returns the results and the number of failures. A failure's traceback is in `error.txt` in the run's folder.
+    """
+    results: list[Result] = []
+    for config in configs:
+        try:
+            result = run_one(config, out)
+            results.append(result)
+            report(config, result)
+        except Exception as error:
+            write_text(out / config.folder / ERROR_FILE, traceback.format_exc())
+            report(config, error)
+    return results, len(configs) - len(results)
+
+
+def _training_examples(tokenizer: Any, config: RunConfig) -> tuple[list[Example], int]:
+    """The training rows as tokens, and how many were left out for being longer than `max_tokens`."""
+    encoded = [encode(tokenizer, config, problem) for problem in load_problems(config.train)]
+    kept = [example for example in encoded if len(example.ids) <= config.max_tokens]
+    if not kept:
+        shortest = min(len(example.ids) for example in encoded)
+        raise BenchmarkError(
+            f"{config.train.path}: no row fits max_tokens={config.max_tokens}; the shortest has {shortest} tokens"
+        )
+    return kept, len(encoded) - len(kept)
+
+
+def _calibration(examples: list[Example], config: RunConfig, pad: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Batches of training rows, as keyword arguments of the model."""
+    rows = [examples[row] for row in epoch_order(len(examples), config.seed, 0)[: config.calibration_rows]]
+    parts = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
+    batches = [collate(part, pad).to(device) for part in parts]
+    return [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
+
+
+def _slim_size(adapter: AnyAdapter, folder: Path) -> int | None:
+    """Bytes of the file without derived tensors; None where it has none to leave out."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / ADAPTER_FILE
+        try:
+            adapter.save(path, derived=False)
+        except ll.LoraLiteError:  # calibration data shaped what would have to be derived again
+            return None
+        return path.stat().st_size

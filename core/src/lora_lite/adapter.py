@@ -237,8 +237,8 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """S in y' = y + s Δ: 1 is the adapter, 0 the base. Do not change it between a forward and its backward where gradient
-        checkpointing is on: the recomputed forward would use the new value.
+        """The factor s in y' = y + s Δ: 1 is the adapter, 0 the base. Do not change it between a forward and its
+        backward where gradient checkpointing is on: the recomputed forward would use the new value.
         """
         return self._control.scale
 

@@ -56,11 +56,11 @@ class Entry:
         return {name: getattr(module, key) for name, key in self.attributes.items()}
 
     def input_delta(self, module: nn.Module, x: Tensor) -> Tensor:
-        """S Δx."""
+        """The factor s times Δx."""
         return self._delta(module, x, lambda site, t, extra: self.variant.delta_input(site, t, x, **extra))
 
     def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """S Δy."""
+        """The factor s times Δy."""
         return self._delta(module, y, lambda site, t, extra: self.variant.delta_output(site, t, x, y, **extra))
 
     def _delta(self, module: nn.Module, like: Tensor, delta_of: Callable[..., Tensor]) -> Tensor:

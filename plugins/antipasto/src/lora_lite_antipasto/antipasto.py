@@ -159,10 +159,14 @@ class OutputMoments:
     def __init__(self, site: Site) -> None:
         self.of_output = _from_output(site)
         width = site.d_out if self.of_output else site.d_in
-        self.rows, self.sum, self.products = 0, torch.zeros(width), torch.zeros(width, width)
+        self.rows, self.origin = 0, torch.zeros(width)
+        self.sum, self.products = torch.zeros(width), torch.zeros(width, width)
 
     def update(self, x: Tensor, y: Tensor) -> None:
         rows = (y if self.of_output else x).float().cpu()
+        if self.rows == 0 and len(rows):
+            self.origin = rows.mean(0)  # a large mean would drown the variances in rounding
+        rows = rows - self.origin
         self.rows += len(rows)
         self.sum += rows.sum(0)
         self.products += rows.T @ rows

@@ -1,0 +1,58 @@
+# The only entry to every habit. Each target sets up what it needs; all may be run again at any time.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MEMBERS := core $(sort $(wildcard plugins/*)) benchmark
+WORKERS ?= auto
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo test test-slow check format lint types docs wheels isolate figures clean
+
+help:  ## Say what there is to do
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(INSTALLED)  ## Train LoRA and AntiPaSTO on the embedded model, reload them, print the table, write the report
+	$(BIN)/lora-lite-bench run --preset tiny --variants lora antipasto --out results/demo
+
+test: $(INSTALLED)  ## Run all tests but the slow ones
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(INSTALLED)  ## Run the slow tests: wheels in clean environments, longer runs
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)  ## Everything that must hold before a change lands: format, lint, types, tests, docs, wheels
+	$(BIN)/ruff format --check
+	$(MAKE) lint types docs wheels test
+
+format: $(INSTALLED)  ## Format the code
+	$(BIN)/ruff format
+
+lint: $(INSTALLED)  ## Look for mistakes with ruff
+	$(BIN)/ruff check
+
+types: $(INSTALLED)  ## Check the types strictly
+	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## Build the site; a warning is an error
+	$(BIN)/mkdocs build --strict
+
+wheels: $(INSTALLED)  ## Build the wheel of every distribution into dist/
+	rm -rf dist
+	for member in $(MEMBERS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$member || exit 1; done
+
+isolate: wheels  ## Try the wheels in clean environments with only what they declare
+	$(BIN)/python -m pytest -m slow tests/test_wheels.py
+
+figures: $(INSTALLED)  ## Measure the performance figures: attach, load, steps, SVD, import
+	for part in imports attach svd step; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
+	$(BIN)/python benchmark/perf/step.py --pairs lora:peft --dtype bfloat16 --targets _proj$$
+
+clean:  ## Remove what the other targets made, results excepted
+	rm -rf .venv dist site build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(INSTALLED): constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(MEMBERS))
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev $(addprefix --editable ./,$(MEMBERS))
+	touch $@

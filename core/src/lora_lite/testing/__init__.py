@@ -1,0 +1,13 @@
+"""The conformance suite: every promise of the contract, held against one variant. Needs `lora-lite-core[testing]`.
+
+from lora_lite.testing import VariantTests
+
+class TestMyVariant(VariantTests): variant = "my_variant"
+"""
+
+from lora_lite.testing.case import Case
+from lora_lite.testing.promise import Promise, Subject
+from lora_lite.testing.promises import PROMISES
+from lora_lite.testing.suite import VariantTests
+
+__all__ = ["PROMISES", "Case", "Promise", "Subject", "VariantTests"]

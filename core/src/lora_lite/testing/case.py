@@ -1,0 +1,169 @@
+"""A drawn situation, and the tiny model that it describes. Everything follows from the case's own values, so another process
+builds the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+import lora_lite as ll
+from lora_lite.variant import Site, Variant
+
+Kind = Literal["Linear", "Conv1D"]
+KINDS: tuple[Kind, ...] = ("Linear", "Conv1D") if find_spec("transformers") else ("Linear",)
+
+TARGETS = r"\.layer$"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant with its fields, and the layer it is put on.
+
+    Attributes:
+        variant: the instance.
+        kind: of the layer.
+        d_in, d_out, bias: its shape; a Conv1D always has a bias.
+        dtype: of the base.
+        seed: of the base's weights, the data and the adapter.
+    """
+
+    variant: Variant
+    kind: Kind
+    d_in: int
+    d_out: int
+    bias: bool
+    dtype: torch.dtype
+    seed: int
+
+    def but(self, **changes: Any) -> Case:
+        """The case with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        return (
+            f"Case({self.variant!s} on {self.kind} {self.d_in} -> {self.d_out}, {'with' if self.bias else 'without'} bias, "
+            f"{str(self.dtype).removeprefix('torch.')}, seed {self.seed})"
+        )
+
+    def model(self) -> Tower:
+        """The base: two blocks, each with one `layer` of the case's kind and shape. The same weights every time, and no draw
+        from the global random state.
+        """
+        model = self._empty("cpu")
+        rng = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(_well_conditioned(parameter.shape, rng))
+        return model.to(self.dtype).eval()
+
+    def inputs(self, *shape: int, seed: int = 0) -> Tensor:
+        """Seeded activations, (*shape, d_in), in the base's dtype."""
+        rng = torch.Generator().manual_seed(1000 * (seed + 1) + self.seed)
+        return torch.randn(*shape, self.d_in, generator=rng).to(self.dtype)
+
+    def attach(self, model: nn.Module, **options: Any) -> ll.Adapter:
+        """`ll.attach` at the model's two `layer`s, with calibration data where the variant observes."""
+        placements = ll.plan(model, self.variant, targets=TARGETS).placements
+        if any(p.variant.observe(p.site) is not None for p in placements):
+            options.setdefault("calibration", [self.inputs(4, 16, seed=90 + i) for i in range(3)])
+        return ll.attach(model, self.variant, **{"targets": TARGETS, "seed": self.seed, **options})
+
+    def trained(self, model: nn.Module, *, amount: float = 0.1, seed: int = 0, **options: Any) -> ll.Adapter:
+        """An adapter off its start: as `attach`, then every parameter moved by seeded noise and projected."""
+        adapter = self.attach(model, **options)
+        move(adapter, amount, self.seed + seed)
+        return adapter
+
+    def plan(self) -> ll.Plan:
+        """`ll.plan` without weights: on the meta device.
+
+        Raises:
+            MisfitError: the variant does not fit the shape.
+        """
+        return ll.plan(self._empty("meta"), self.variant, targets=TARGETS)
+
+    def sites(self, model: nn.Module) -> dict[str, Site]:
+        """The two sites of a model."""
+        return {p.spot.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements}
+
+    def _empty(self, device: str) -> Tower:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            return Tower([self._layer() for _ in range(2)], self.d_in, self.d_out)
+
+    def _layer(self) -> nn.Module:
+        if self.kind == "Linear":
+            return nn.Linear(self.d_in, self.d_out, bias=self.bias)
+        from transformers.pytorch_utils import Conv1D
+
+        layer: nn.Module = Conv1D(self.d_out, self.d_in)
+        return layer
+
+
+class Block(nn.Module):
+    """Attention without weights, then a feed-forward part whose first layer is the one to adapt."""
+
+    def __init__(self, layer: nn.Module, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_in)
+        self.layer = layer
+        self.back = nn.Linear(d_out, d_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, d_in) to the same shape."""
+        n = self.norm(x)
+        h = x + scaled_dot_product_attention(n, n, n)
+        out: Tensor = h + self.back(gelu(self.layer(h)))
+        return out
+
+
+class Tower(nn.Module):
+    """Two blocks in a ModuleList, and a buffer. `checkpointing` turns on gradient checkpointing of every block."""
+
+    offset: Tensor
+
+    def __init__(self, layers: list[nn.Module], d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(layer, d_in, d_out) for layer in layers])
+        self.register_buffer("offset", torch.full((d_in,), 0.5))
+        self.checkpointing = False
+
+    @property
+    def layer(self) -> nn.Module:
+        """The first of the two layers to adapt."""
+        layer: nn.Module = self.blocks[0].get_submodule("layer")
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, d_in) to the same shape."""
+        x = x + self.offset
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return x
+
+
+def move(adapter: ll.Adapter, amount: float, seed: int) -> None:
+    """Add seeded noise to every parameter of an adapter, then project it."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(adapter.named_parameters(), key=lambda item: item[0]):
+            parameter.add_(amount * torch.randn(parameter.shape, generator=rng).to(parameter))
+    adapter.project()
+
+
+def _well_conditioned(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """A matrix with singular values from 2 down to 0.5, well apart, so that nothing hangs on rounding; or a vector near 1."""
+    if len(shape) < 2:
+        return 1 + 0.3 * torch.randn(shape, generator=rng)
+    k = min(shape)
+    left = torch.linalg.qr(torch.randn(shape[0], k, generator=rng, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(shape[1], k, generator=rng, dtype=torch.float64)).Q
+    matrix: Tensor = (left * torch.linspace(2, 0.5, k, dtype=torch.float64)) @ right.T
+    return matrix

@@ -1,0 +1,64 @@
+"""Assertions whose messages carry the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Of the largest expected value. Mistakes are far larger than these, rounding is far smaller.
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Bitwise equality, dtype and shape included."""
+    _alike(actual, expected, what)
+    if not torch.equal(actual, expected):
+        raise AssertionError(f"{what}: expected the same bits; {_difference(actual, expected)}")
+
+
+def all_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Bitwise equality of every tensor, by name."""
+    assert actual.keys() == expected.keys(), f"{what}: names {sorted(actual)}, expected {sorted(expected)}"
+    for name, value in expected.items():
+        same(actual[name], value, f"{what}: {name}")
+
+
+def close(actual: Tensor, expected: Tensor, what: str, tolerance: float | None = None) -> None:
+    """Equality up to rounding in the tensors' dtype."""
+    _alike(actual, expected, what)
+    assert bool(torch.isfinite(actual).all()), f"{what}: not all finite: {actual}"
+    if not is_close(actual, expected, tolerance):
+        raise AssertionError(f"{what}: {_difference(actual, expected)}")
+
+
+def is_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+    """Whether two tensors are equal up to rounding in their dtype."""
+    if not actual.numel():
+        return True
+    actual, expected = actual.detach(), expected.detach()
+    allowed = (tolerance or TOLERANCE[actual.dtype]) * max(1e-3, float(expected.abs().max()))
+    return float((actual.double() - expected.double()).abs().max()) <= allowed
+
+
+def differs(actual: Tensor, other: Tensor, what: str) -> None:
+    """The opposite of `close`, by a margin."""
+    assert not is_close(actual, other), f"{what}: expected a difference, got {_difference(actual, other)}"
+
+
+def _alike(actual: Tensor, expected: Tensor, what: str) -> None:
+    got, wanted = (actual.dtype, tuple(actual.shape), actual.device), (expected.dtype, tuple(expected.shape), expected.device)
+    assert got == wanted, f"{what}: got {got}, expected {wanted}"
+
+
+def _difference(actual: Tensor, expected: Tensor) -> str:
+    actual, expected = actual.detach(), expected.detach()
+    gap = (actual.double() - expected.double()).abs()
+    if not gap.numel():
+        return "both empty"
+    place = tuple(int(i) for i in torch.unravel_index(gap.nan_to_num(torch.inf).argmax(), gap.shape)) if gap.ndim else ()
+    return (
+        f"{int((gap != 0).sum())} of {gap.numel()} entries differ, by at most {float(gap.max()):.3g}, "
+        f"at {list(place)}: {float(actual[place]):.8g} instead of {float(expected[place]):.8g}"
+    )

@@ -1,0 +1,157 @@
+"""A promise: a function that holds a variant to one sentence of the contract, its docstring saying what, why, and what
+usually breaks it. `PROMISES` has them all, in the order of the pages of `lora_lite.testing.promises`.
+
+How often, and from where, is set by two environment variables: LORA_LITE_EXAMPLES multiplies the number of drawn cases,
+LORA_LITE_SEED draws others (0 by default: every run draws the same).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis.errors import Unsatisfiable
+from hypothesis.strategies import SearchStrategy
+
+from lora_lite.plugins import variant_class
+from lora_lite.testing.case import Case
+from lora_lite.testing.strategies import Refusal, attempts
+from lora_lite.variant import Variant
+
+Check = Callable[[Case], None]
+Survey = Callable[[type[Variant], Sequence[Case | Refusal]], None]
+
+PROMISES: dict[str, Promise] = {}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tested: a variant class, and strategies for those of its fields whose constraints say too little."""
+
+    variant: type[Variant]
+    fields: Mapping[str, SearchStrategy[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, variant: str | type[Variant], fields: Mapping[str, SearchStrategy[Any]] | None = None) -> Subject:
+        """From a name or a class."""
+        found = variant_class(variant) if isinstance(variant, str) else variant
+        if not (isinstance(found, type) and issubclass(found, Variant)) or not found.name:
+            raise TypeError(f"variant = {variant!r}: expected an installed variant's name, or a Variant class that has a name")
+        return cls(found, fields or {})
+
+    def attempts(self) -> SearchStrategy[Case | Refusal]:
+        """What hypothesis draws."""
+        return attempts(self.variant, self.fields)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One promise.
+
+    Attributes:
+        name: `start_matches_identity`; as a test, `test_start_matches_identity`.
+        text: what is promised, why, and what usually breaks it.
+        examples: how many cases are drawn.
+        check: takes one case; or `survey` takes all attempts at once, refusals included.
+        shrink: whether a failing case is made smaller before it is shown (not where one takes seconds).
+        waivable: whether it may be declared an expected failure.
+    """
+
+    name: str
+    text: str
+    examples: int
+    check: Check | None = None
+    survey: Survey | None = None
+    shrink: bool = True
+    waivable: bool = True
+
+    def run(self, subject: Subject) -> None:
+        """Raises whatever breaks the promise, an AssertionError as a rule."""
+        with _one_thread():
+            if self.survey is not None:
+                drawn: list[Case | Refusal] = []
+                self._draw(subject, drawn.append)
+                self.survey(subject.variant, drawn)
+            elif self.check is not None:
+                self._draw(subject, self._checked)
+
+    def _checked(self, attempt: Case | Refusal) -> None:
+        assert self.check is not None
+        if isinstance(attempt, Refusal):
+            hypothesis.reject()
+        with torch.random.fork_rng(devices=[]):
+            self.check(attempt)
+
+    def _draw(self, subject: Subject, take: Callable[[Case | Refusal], None]) -> None:
+        @hypothesis.seed(self._seed())
+        @hypothesis.settings(
+            max_examples=self.examples * int(os.environ.get("LORA_LITE_EXAMPLES", "1")),
+            phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if self.shrink else [])],
+            deadline=None,
+            database=None,
+            derandomize=False,
+            report_multiple_bugs=False,
+            print_blob=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(subject.attempts())
+        def example(attempt: Case | Refusal) -> None:
+            take(attempt)
+
+        try:
+            example()
+        except Unsatisfiable:
+            raise AssertionError(
+                f"variant {subject.variant.name!r} refused every draw, so nothing was tested; "
+                "see test_fits_most_draws for its reasons"
+            ) from None
+
+    def _seed(self) -> int:
+        text = f"{os.environ.get('LORA_LITE_SEED', '0')}/{self.name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def promise(examples: int, *, shrink: bool = True, waivable: bool = True) -> Callable[[Check], Check]:
+    """Registers a function of one case as a promise under its own name."""
+
+    def register(check: Check) -> Check:
+        _add(Promise(check.__name__, _text(check), examples, check=check, shrink=shrink, waivable=waivable))
+        return check
+
+    return register
+
+
+def survey(examples: int, *, waivable: bool = True) -> Callable[[Survey], Survey]:
+    """Registers a function of the class and all that was drawn for it."""
+
+    def register(check: Survey) -> Survey:
+        _add(Promise(check.__name__, _text(check), examples, survey=check, waivable=waivable))
+        return check
+
+    return register
+
+
+def _add(new: Promise) -> None:
+    assert new.name not in PROMISES, new.name
+    PROMISES[new.name] = new
+
+
+def _text(check: Callable[..., None]) -> str:
+    return inspect.cleandoc(check.__doc__ or "")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

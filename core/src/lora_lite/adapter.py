@@ -16,12 +16,21 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lite import fileformat
 from lora_lite.calibration import calibrate
-from lora_lite.errors import AdapterError, AdapterFileError, TargetError
-from lora_lite.fileformat import Metadata, dtype_name
+from lora_lite.errors import AdapterError, AdapterFileError, TargetError, VariantContractError
+from lora_lite.fileformat import Metadata, dtypes_of
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import Control, Entry
 from lora_lite.plugins import provider
-from lora_lite.registry import adapted_root, install, is_dtensor, refuse_sharded, refuse_unfit, registry_of, remove
+from lora_lite.registry import (
+    adapted_root,
+    install,
+    is_dtensor,
+    refuse_sharded,
+    refuse_unfit,
+    refuse_wrapped,
+    registry_of,
+    remove,
+)
 from lora_lite.state import place_values, unpack
 from lora_lite.targets import Overrides, Patterns, Placement, named_modules, place, plan, root_of
 from lora_lite.variant import Rng, Site, Variant
@@ -65,7 +74,7 @@ def attach(
         model, variant, targets=targets, exclude=exclude, layers=layers, overrides=overrides, **fields
     )  # fmt: skip
     root = root_of(model)
-    refuse_sharded(root)
+    refuse_wrapped(root)
     refuse_unfit(root, chosen.placements, name)
     if not dtype.is_floating_point:
         raise AdapterError(f"dtype={dtype}: the trainable tensors need a floating-point dtype")
@@ -227,11 +236,9 @@ class Adapter:
 
     def penalty(self) -> Tensor:
         """The sum of the variant's penalties over all sites, a scalar to be added to the loss (0 for most variants)."""
-        total = torch.zeros((), device=next(self.parameters()).device)
-        for entry, site in self._each():
-            term = entry.variant.penalty(site, entry.stored(self._modules[site.path]))
-            total = total if term is None else total + term
-        return total
+        stored = ((entry, site, entry.stored(self._modules[site.path])) for entry, site in self._each())
+        terms = [term for entry, site, t in stored if (term := entry.variant.penalty(site, t)) is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
 
     # --- switches
 
@@ -328,7 +335,7 @@ class Adapter:
             )
         sharded = any(is_dtensor(t) for _, t in self._stored())
         if not sharded or torch.distributed.get_rank() == 0:
-            fileformat.write(path, state, self._metadata(derived))
+            fileformat.write(path, state, self._metadata(state, derived))
 
     def detach(self) -> None:
         """Take the adapter off the model. The last one to leave leaves it bit for bit what it was, `requires_grad` included.
@@ -367,7 +374,7 @@ class Adapter:
     def _placements(self) -> list[Placement]:
         return [Placement(e.spot, self._modules[s.path], e.variant, e.specs) for e, s in self._each()]
 
-    def _metadata(self, derived: bool) -> Metadata:
+    def _metadata(self, state: Mapping[str, Tensor], derived: bool) -> Metadata:
         sites = self.sites
         distinct = list(dict.fromkeys(sites.values()))
         distribution, version = provider(type(self.variant))
@@ -381,7 +388,7 @@ class Adapter:
             sites={path: distinct.index(variant) for path, variant in sites.items()},
             seed=self.seed,
             scale=self.scale,
-            dtype=dtype_name(next(self.parameters()).dtype),
+            dtypes=dtypes_of(state),
             derived=derived,
             uses_base=self._control.uses_base,
             fingerprint=fingerprint({site.path: site for _, site in self._each()}),
@@ -397,6 +404,8 @@ def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mappin
         changed = variant.specialize(sites, {path: statistics.get(path, {}) for path in sites})
         if not changed.keys() <= sites.keys():
             raise TargetError(f"{variant} specialises sites it was not given: {sorted(changed.keys() - sites.keys())}")
+        if any(v is not None and type(v) is not type(variant) for v in changed.values()):
+            raise VariantContractError(f"{variant}.specialize gives variants of another class: {set(changed.values())}")
         chosen.update(changed)
     if all(p.variant is chosen[p.spot.path] for p in placements):
         return placements

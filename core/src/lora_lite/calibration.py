@@ -59,7 +59,7 @@ class _Watcher:
 
     def _rows(self, values: Tensor) -> Tensor:
         rows = values.detach().reshape(-1, values.shape[-1])
-        if self.mask is not None and self.mask.shape == values.shape[:-1]:
+        if self.mask is not None and values.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):  # also as flat tokens
             return rows[self.mask.reshape(-1)]
         return rows
 

@@ -18,7 +18,7 @@ from lora_lite.fileformat import Metadata
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import Control
 from lora_lite.plugins import kind_of, variant_class
-from lora_lite.registry import install, refuse_sharded, refuse_unfit
+from lora_lite.registry import install, refuse_unfit, refuse_wrapped
 from lora_lite.state import device_of, unpack
 from lora_lite.targets import Placement, named_modules, place, root_of
 from lora_lite.variant import Spot, Variant
@@ -68,15 +68,14 @@ def load(
         raise AdapterFileError(f"{path} holds a {header.variant!r} adapter, and variant={cls.__qualname__} is {cls.name!r}")
     configurations, tensors = _upgraded(path, cls, header, tensors)
     root = root_of(model)
-    refuse_sharded(root)
+    refuse_wrapped(root)
     placements = _placements(path, root, header, configurations)
     refuse_unfit(root, placements, name)
     if check_base:
         _check_base(path, header, placements)
     if not header.derived:
         tensors = tensors | _derive(path, header, placements)
-    values = unpack(placements, tensors)
-    _check_dtypes(path, header, placements, values)
+    values = unpack(placements, tensors, header.dtypes)
     for placement in placements:
         values[placement.spot.path] = _placed(placement, values[placement.spot.path], dtype)
     control = Control(name, configurations[0], header.seed, header.scale)
@@ -172,25 +171,9 @@ def _derive(path: str | os.PathLike[str], header: Metadata, placements: tuple[Pl
     return derived
 
 
-def _check_dtypes(
-    path: str | os.PathLike[str],
-    header: Metadata,
-    placements: tuple[Placement, ...],
-    values: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    wrong = [
-        f"{p.spot.path}.{name}: dtype {fileformat.dtype_name(value.dtype)}, expected {header.dtype}"
-        for p in placements
-        for name, value in values[p.spot.path].items()
-        if p.specs[name].trainable and p.specs[name].dtype is None and fileformat.dtype_name(value.dtype) != header.dtype
-    ]
-    if wrong:
-        raise AdapterFileError(f"{path}: {len(wrong)} tensors are mistyped; nothing was changed:{bullets(wrong)}")
-
-
 def _placed(placement: Placement, values: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     device = device_of(placement.module)
+    wanted = {name: dtype if spec.trainable and not spec.dtype else None for name, spec in placement.specs.items()}
     return {
-        name: values[name].detach().to(device=device, dtype=dtype if spec.trainable and not spec.dtype else None, copy=True)
-        for name, spec in placement.specs.items()
+        name: values[name].detach().to(device=device, dtype=wanted[name], copy=True).contiguous() for name in placement.specs
     }

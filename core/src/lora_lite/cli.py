@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lite import fileformat
 from lora_lite.errors import LoraLiteError
-from lora_lite.plugins import variants
+from lora_lite.plugins import make_variant, variants
 from lora_lite.targets import plan
 
 
@@ -54,16 +54,9 @@ def _variants(_: argparse.Namespace) -> str:
 
 
 def _plan(options: argparse.Namespace) -> str:
-    fields = dict(_assignment(text) for text in options.set)
-    found = plan(
-        _empty_model(options.model),
-        options.variant,
-        targets=options.targets,
-        exclude=options.exclude,
-        layers=options.layers,
-        **fields,
-    )
-    return str(found)
+    variant = make_variant(options.variant, dict(_assignment(text) for text in options.set))
+    model = _empty_model(options.model)
+    return str(plan(model, variant, targets=options.targets, exclude=options.exclude, layers=options.layers))
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -97,10 +90,8 @@ def _inspect(options: argparse.Namespace) -> str:
         f"variant      {header.variant} (format {header.variant_format})",
         f"written by   {header.provider}, lora-lite-core {header.core}, file format {header.format}",
         f"seed, scale  {header.seed}, {header.scale:g}",
-        (
-            f"tensors      {len(tensors)}, {sum(math.prod(shape) for _, shape in tensors.values()):,} numbers, "
-            f"trainable ones in {header.dtype}"
-        ),
+        f"tensors      {len(tensors)}, {sum(math.prod(shape) for _, shape in tensors.values()):,} numbers",
+        f"dtypes       {', '.join(f'{name} {dtype}' for name, found in header.dtypes.items() for dtype in found)}",
         f"derived      {'in the file' if header.derived else 'left out; derived from the base and verified on loading'}",
         f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Metadata(BaseModel):
         variant, variant_format: the method's name, and the `Variant.format` that its fields and tensors follow.
         provider, core: distributions and versions that wrote the file.
         configurations, sites: the variants' fields as JSON, and for each site which of them it has.
-        seed, scale, dtype: of the adapter; dtype is that of its trainable tensors.
+        seed, scale: of the adapter.
+        dtypes: of the tensors in the file, by tensor name: one, or several where the sites differ.
         derived: whether derived tensors are in the file; where they are not, `probes` verify them.
         uses_base: whether tensors were computed from the base's weights.
         fingerprint: samples of the base's weights by site.
@@ -49,7 +51,7 @@ class Metadata(BaseModel):
     sites: dict[str, int]
     seed: int
     scale: float
-    dtype: str
+    dtypes: dict[str, list[str]]
     derived: bool
     uses_base: bool
     fingerprint: dict[str, str]
@@ -65,18 +67,19 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
     target = Path(path)
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(contents, {KEY: metadata.model_dump_json()})
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_directory(target.parent)
     except OSError as error:
         raise AdapterFileError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+    _sync_directory(target.parent)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, Tensor]]:
@@ -126,13 +129,22 @@ def parse_metadata(path: str | os.PathLike[str], raw: Mapping[str, str]) -> Meta
         raise AdapterFileError(f"{path} has damaged metadata: {error}") from None
 
 
+def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The dtypes of each tensor name over all sites, such as `{"A": ["float32"]}`."""
+    found: dict[str, set[str]] = {}
+    for key, tensor in tensors.items():
+        found.setdefault(key.rpartition(".")[2], set()).add(dtype_name(tensor.dtype))
+    return {name: sorted(dtypes) for name, dtypes in found.items()}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":
+    """So that the rename survives a power cut, where the system can: the file is in place already."""
+    with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)

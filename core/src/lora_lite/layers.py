@@ -61,10 +61,12 @@ class LayerKind(ABC):
 
 
 class Linear(LayerKind):
-    """`nn.Linear`, and subclasses that keep its forward. Others (quantised ones, say) need a kind of their own."""
+    """`nn.Linear`, and subclasses that keep its forward and its weight a plain parameter. Others (quantised or parametrized
+    ones, say) need a kind of their own.
+    """
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         d_out, d_in = self.weight(module).shape

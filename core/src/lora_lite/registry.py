@@ -39,12 +39,18 @@ def adapted_root(model: nn.Module) -> nn.Module | None:
     """The module inside `model` (or `model` itself) through which adapters were attached, if any were.
 
     Raises:
-        AdapterError: `model` is only a part of the module through which they were attached.
+        AdapterError: `model` is only a part of the module through which they were attached, or holds two such modules.
     """
     root = root_of(model)
-    for module in root.modules():
-        if registry_of(module) is not None:
-            return module
+    found = [module for module in root.modules() if registry_of(module) is not None]
+    if len(found) > 1:
+        names = ", ".join(type(module).__name__ for module in found)
+        raise AdapterError(
+            f"adapters were attached through {len(found)} modules of this model ({names}); "
+            "detach all but one of them, each through the module it was attached through"
+        )
+    if found:
+        return found[0]
     if any(hooks_of(module) for module in root.modules()):
         raise AdapterError(
             f"this {type(root).__name__} is a part of a larger model through which its adapters were attached; "
@@ -75,6 +81,16 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
         )
     for placement in placements:
         _refuse_layer(placement, name)
+
+
+def refuse_wrapped(root: nn.Module) -> None:
+    """Raises `AdapterError` for a model that DDP or FSDP2 has prepared already: it would not reduce new gradients."""
+    if isinstance(root, nn.parallel.DistributedDataParallel):
+        raise AdapterError(
+            "the model is wrapped in DistributedDataParallel: attach or load on the module itself, before it is wrapped, or "
+            "gradients of the adapter would silently not be reduced"
+        )
+    refuse_sharded(root)
 
 
 def refuse_sharded(root: nn.Module) -> None:

@@ -35,8 +35,10 @@ def place_values(placement: Placement, values: Mapping[str, Tensor], dtype: torc
     }
 
 
-def unpack(placements: Sequence[Placement], saved: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Every site's stored tensors, from a state dict.
+def unpack(
+    placements: Sequence[Placement], saved: Mapping[str, Tensor], dtypes: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Every site's stored tensors, from a state dict, whose `dtypes` by tensor name are held against it if given.
 
     Raises:
         AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
@@ -49,6 +51,9 @@ def unpack(placements: Sequence[Placement], saved: Mapping[str, Tensor]) -> dict
             by_site[path][name] = tensor
         else:
             wrong.append(f"{key}: extra (no such site)")
+        expected = dtypes.get(name, ()) if dtypes else ()
+        if expected and str(tensor.dtype).removeprefix("torch.") not in expected:
+            wrong.append(f"{key}: dtype {tensor.dtype}, expected {' or '.join(expected)}")
     values = {}
     for placement in placements:
         path = placement.spot.path
@@ -64,7 +69,7 @@ def _unpack_site(placement: Placement, saved: dict[str, Tensor]) -> tuple[dict[s
     try:
         values = placement.variant.load_state_dict(placement.site, saved)
         again = placement.variant.state_dict(placement.site, values)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a variant's own code, on a file of any content
         return {}, [f"{prefix}*: {placement.variant.name} cannot read {sorted(saved)}: {type(error).__name__}: {error}"]
     complaints = problems(placement.specs, values, prefix)
     complaints += [f"{prefix}{name}: extra" for name in saved.keys() - again.keys() - values.keys()]

@@ -20,7 +20,7 @@ Patterns = str | Sequence[str] | None
 Overrides = Mapping[str, Mapping[str, Any]] | None
 
 # Names that wrappers put into a module's path; a file must load with and without them.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)$")
 
 
@@ -175,11 +175,10 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every one of its paths, without the names that wrappers add."""
+    """Every module under every one of its paths, without wrappers and the names that they add."""
     for path, module in root.named_modules(remove_duplicate=False):
-        for wrapper in WRAPPERS:
-            path = path.replace(wrapper, "")
-        yield path, module
+        if not any(wrapper in module._modules for wrapper in WRAPPERS):
+            yield ".".join(part for part in path.split(".") if part not in WRAPPERS), module
 
 
 def find_layers(root: nn.Module) -> list[Layer]:
@@ -203,7 +202,7 @@ def _blocks(paths: list[str], lists: set[str]) -> Iterator[int]:
     """The index of the outermost repeated block, for each path that lies in one."""
     for path in paths:
         parts = path.split(".")
-        for depth in range(len(parts) - 1):
+        for depth in range(len(parts)):
             if ".".join(parts[:depth]) in lists:
                 yield int(parts[depth])
                 break
@@ -230,13 +229,14 @@ def _select(
         patterns = _compile(variant.default_targets if targets is None else targets, "targets")
         selected = _matching(patterns, found, found, "targets")
     taken = _excluded(root, found, exclude)
-    kept = [layer for layer in selected if layer.module not in taken]
-    if not kept:
-        raise TargetError(
-            f"exclude{'' if exclude else ' (by default the output head)'} takes away all that targets= matches "
-            f"({', '.join(layer.path for layer in selected)}); to adapt these, give exclude=()"
-        )
-    return _only_usable(_only_blocks(kept, found, layers))
+    for chosen in [selected] if targets is None else [_matching([p], found, found, "targets") for p in patterns]:
+        if all(layer.module in taken for layer in chosen):
+            raise TargetError(
+                f"exclude{'' if exclude else ' (by default the output head)'} takes away all that targets= matches"
+                f"{'' if targets is None else ' with one of its patterns'}:{bullets(layer.path for layer in chosen)}\n"
+                "To adapt these, give exclude=(); else leave the pattern out"
+            )
+    return _only_usable(_only_blocks([layer for layer in selected if layer.module not in taken], found, layers))
 
 
 def _only_blocks(selected: list[Layer], found: list[Layer], layers: int | Iterable[int] | None) -> list[Layer]:
@@ -315,7 +315,7 @@ def _matching(patterns: list[re.Pattern[str]], among: list[Layer], found: list[L
         if not matches:
             names = {part for layer in found for part in layer.path.split(".") if not part.isdigit()}
             raise TargetError(
-                f"{argument}: {pattern.pattern!r} matches no linear layer{did_you_mean(pattern.pattern.strip('^$.'), names)} "
+                f"{argument}: {pattern.pattern!r} matches no linear layer{did_you_mean(pattern.pattern.strip('^$.'), names)}\n"
                 f"The linear layers to choose from:{_inventory(found)}"
             )
         hit |= matches

@@ -1,4 +1,4 @@
-"""What is special to AntiPaSTO: the explicit formula of all arms, counts, file sizes, signs of the scale, choice of directions."""
+"""What is special to AntiPaSTO: the explicit formula of all arms, counts, file sizes, the scale, choice of directions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def explicit_weight(w: Tensor, variant: AntiPaSTO, t: dict[str, Tensor], scale: 
 def test_every_arm_is_the_explicit_formula(
     arm: Any, shape: tuple[int, int], bias: bool, block: int, scale: float, max_angle: float
 ) -> None:
-    """The delta equals U R_uᵀ (S + c δ) R_v V + W_res, built densely in float64: all arms, both routes, with and without bias."""
+    """The delta equals U R_uᵀ (S + c δ) R_v V + W_res, dense and in float64: all arms, both routes, with or without bias."""
     model = one_layer(*shape, bias)
     variant = AntiPaSTO(r=12, rotate_basis=arm, block_size=block, max_angle=max_angle)
     adapter = ll.attach(model, variant, targets="0", dtype=torch.float64)
@@ -247,7 +247,7 @@ def test_slim_file_notices_another_basis(tmp_path: Path, untouched: Callable[[nn
 
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 def test_activation_picks_the_directions_with_the_largest_output_variance(shape: tuple[int, int]) -> None:
-    """select="activation" keeps the r coordinates of Uᵀ y with the largest variance over the data: compared with brute force."""
+    """select="activation" keeps the r coordinates of Uᵀ y with the largest variance; compared with brute force."""
     model = one_layer(*shape, bias=True, dtype=torch.float32)
     w = model[0].weight.detach()
     u, _, v = torch.linalg.svd(w, full_matrices=False)
@@ -279,7 +279,7 @@ def test_activation_loads_without_data_and_refuses_a_slim_file(tmp_path: Path) -
     adapter = ll.attach(model, "antipasto", r=4, select="activation", targets="0", calibration=[torch.randn(50, 24)])
     randomize(adapter)
     x = torch.randn(3, 24)
-    with pytest.raises(ll.AdapterFileError, match="derived=False.*activation"):
+    with pytest.raises(ll.AdapterFileError, match=r"derived=False.*activation"):
         adapter.save(tmp_path / "slim.safetensors", derived=False)
     assert not list(tmp_path.iterdir())
     adapter.save(tmp_path / "full.safetensors")

@@ -10,6 +10,7 @@ import pytest
 from lora_lite import LoraLiteError
 from lora_lite_benchmark.config import Preset, RunConfig, Source, parse_row, preset_names, resolve
 from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.models import load_model
 
 Make = Callable[..., RunConfig]
 
@@ -77,8 +78,11 @@ def test_the_hash_ignores_where_files_are(make_config: Make, model_dir: Path, fi
     moved = make_config(model=str(tmp_path / "model"), train={"path": str(tmp_path / "other.jsonl")})
     assert moved != make_config()
     assert moved.hash == make_config().hash
-    (tmp_path / "model" / "config.json").write_text("{}")
+    with (tmp_path / "model" / "config.json").open("a") as file:
+        file.write("\n")
     assert make_config(model=str(tmp_path / "model")).hash != moved.hash
+    with pytest.raises(BenchmarkError, match="files have changed since this run was planned"):
+        load_model(moved)
 
 
 def test_what_overrides_what() -> None:

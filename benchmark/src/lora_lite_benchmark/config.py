@@ -240,8 +240,13 @@ def _identify_files(values: Mapping[str, Any]) -> dict[str, Any]:
     folder = MODEL_DIR if model == TINY else Path(model).expanduser()
     if folder.is_dir():
         result["model"] = TINY if model == TINY else str(folder.resolve())
-        result["model_sha256"] = sha256(*sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES))
+        result["model_sha256"] = model_digest(folder)
     return result
+
+
+def model_digest(folder: Path) -> str:
+    """The digest of a model directory's files."""
+    return sha256(*sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES))
 
 
 def first_problem(error: ValidationError) -> str:

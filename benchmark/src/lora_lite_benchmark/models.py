@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lite_benchmark.config import TINY, RunConfig
+from lora_lite_benchmark.config import TINY, RunConfig, model_digest
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.tiny import MODEL_DIR
 
@@ -37,6 +37,8 @@ def _load(kind: Any, config: RunConfig, **options: Any) -> Any:
     path = str(MODEL_DIR) if config.model == TINY else config.model
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise BenchmarkError(f"{path}: the directory holds no config.json; expected a model saved by save_pretrained")
+    if config.model_sha256 and config.model_sha256 != model_digest(Path(path)):
+        raise BenchmarkError(f"{path}: the model's files have changed since this run was planned; start it again")
     try:
         return kind.from_pretrained(path, revision=config.revision or "main", **options)
     except (OSError, ValueError, KeyError) as error:

@@ -104,5 +104,13 @@ def _footnote(results: Sequence[Result]) -> str:
     return (
         f"± one standard error. Loss in nats per answer token. Times: median of one training batch on {machine['device']} "
         f"({machine['name']}, {machine['threads']} threads). Peak memory of training: {' or '.join(sorted(memory))}. "
-        "1 kB = 1,000 bytes."
+        f"1 kB = 1,000 bytes.{_skipped(results)}"
     )
+
+
+def _skipped(results: Sequence[Result]) -> str:
+    """A sentence about training rows that were too long, if there were any."""
+    left_out = max(results, key=lambda result: result.skipped_rows)
+    if not left_out.skipped_rows:
+        return ""
+    return f" {left_out.skipped_rows:,} training rows of more than {left_out.config.max_tokens:,} tokens were left out."

@@ -35,6 +35,10 @@ def calibrate(model: nn.Module, placements: Sequence[Placement], batches: Iterab
         raise CalibrationError(
             f"{examples} needs calibration data: give calibration= an iterable of model inputs, such as a DataLoader"
         )
+    if isinstance(batches, Mapping | Tensor):
+        raise CalibrationError("calibration= is one batch, not several; give calibration=[batch]")
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(f"calibration={batches!r}: expected an iterable of model inputs, such as a DataLoader")
     watchers = [_Watcher(p, observers[p.spot.path]) for p in placements if p.spot.path in observers]
     _stream(model, watchers, batches)
     silent = [watcher.path for watcher in watchers if not watcher.calls]

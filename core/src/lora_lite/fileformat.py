@@ -6,20 +6,22 @@ Tensors go by `site path . tensor name`, without the adapter's name. The metadat
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors.torch import save
 from torch import Tensor
 
 from lora_lite.errors import AdapterFileError
+from lora_lite.fingerprint import PROBES
 
 FORMAT = 1
 KEY = "lora_lite"
@@ -55,7 +57,14 @@ class Metadata(BaseModel):
     derived: bool
     uses_base: bool
     fingerprint: dict[str, str]
-    probes: dict[str, list[float]]
+    probes: dict[str, Annotated[list[float], Field(min_length=PROBES, max_length=PROBES)]]
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _is_base64(cls, fingerprint: dict[str, str]) -> dict[str, str]:
+        for text in fingerprint.values():
+            base64.b64decode(text, validate=True)
+        return fingerprint
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Metadata) -> None:

@@ -16,7 +16,7 @@ X = c/2 · a tanh(A / a), A skew with entries ±θ/2, a = 2 tan(max_angle / 2). 
 
 Start: δ = 0, θ = 0, so Δ is bitwise 0 and both have a gradient.
 
-Clark 2026, arXiv:2601.07473. Choice of directions by activation: after Sun et al. 2023 (Wanda), arXiv:2306.11695.
+AntiPaSTO: 2026, arXiv:2601.07473. Choice of directions by activation: after Sun et al. 2023 (Wanda), arXiv:2306.11695.
 """
 
 import math

@@ -143,8 +143,8 @@ def _values(annotation: Any, metadata: Iterable[Any], default: Any) -> SearchStr
         inner, *marks = get_args(annotation)
         return _values(inner, [*_flat(marks), *metadata], default)
     if origin in (Union, types.UnionType):
-        parts = [_values(part, metadata, default) for part in get_args(annotation)]
-        return st.one_of([part for part in parts if part is not None]) if any(parts) else None
+        parts = [part for kind in get_args(annotation) if (part := _values(kind, metadata, default)) is not None]
+        return st.one_of(parts) if parts else None
     if origin is Literal:
         return st.sampled_from(get_args(annotation))
     bounds = _Bounds.of(annotation, metadata)

@@ -61,6 +61,9 @@ def gradients_agree_with_finite_differences(case: Case) -> None:
     with torch.no_grad():
         t = tensors(*values)
         held = {name: value for name, value in _prepared(variant, site, t).items() if name in variant.detached}
+        moved = _prepared(variant, site, tensors(*(1.1 * value + 0.1 for value in values)))
+    for name, value in held.items():
+        assert not torch.equal(moved[name], value), f"{name} is listed in `detached`, yet it depends on no parameter"
 
     def by_methods(x: Tensor, *parameters: Tensor) -> Tensor:
         t = tensors(*parameters)

@@ -173,7 +173,7 @@ def derived_tensors_come_again(case: Case) -> None:
                 close(value, derived[name], f"{name}, derived {what}", tolerance=1e-6)
 
 
-@promise(examples=3)
+@promise(examples=2)
 def adapter_is_freed(case: Case) -> None:
     """After detaching, nothing holds the adapter's tensors; and nothing holds a model with an adapter on it.
 

@@ -9,7 +9,6 @@ import lora_lite as ll
 from lora_lite.testing.case import Case, Tower, move
 from lora_lite.testing.compare import all_same, close
 from lora_lite.testing.promise import promise
-from lora_lite.variant import Variant
 
 STEPS = 3
 
@@ -94,12 +93,15 @@ def project_and_penalty_are_sound(case: Case) -> None:
     adapter.project()
     for name, value in _values(adapter).items():
         close(value, once[name], f"{name}: project, once more")
-    penalty = adapter.penalty()
-    assert not penalty.ndim, f"the penalty has shape {list(penalty.shape)}, expected a scalar"
-    assert bool(torch.isfinite(penalty)), f"the penalty is {penalty}"
-    if type(case.variant).penalty is not Variant.penalty and penalty.requires_grad:
-        gradients = torch.autograd.grad(penalty, list(adapter.parameters()), allow_unused=True)
-        assert any(g is not None and bool(g.any()) for g in gradients), f"the penalty {float(penalty)} has no gradient"
+    for path, variant in adapter.sites.items():
+        layer = model.get_submodule(path)
+        t = {name: layer.get_parameter(f"lora_default_{name}") for name in variant.tensors(case.sites(model)[path])}
+        penalty = variant.penalty(case.sites(model)[path], t)
+        if penalty is not None:
+            assert not penalty.ndim, f"the penalty has shape {list(penalty.shape)}, expected a scalar"
+            assert bool(torch.isfinite(penalty)), f"the penalty is {penalty}"
+            gradients = torch.autograd.grad(penalty, [p for p in t.values() if p.requires_grad], allow_unused=True)
+            assert any(g is not None and bool(g.any()) for g in gradients), f"the penalty {float(penalty)} has no gradient"
 
 
 @promise(examples=6)

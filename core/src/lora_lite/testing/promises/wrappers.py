@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_lite as ll
 from lora_lite.testing.case import Case, Tower, move
@@ -67,6 +66,8 @@ def compiles_whole_and_once(case: Case) -> None:
     Usually broken by `if` on a tensor's value, `.item()`, print, numpy, a Python number that changes with every step, or by a
     delta that reads `site.path`.
     """
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes a second to import
+
     case = case.but(dtype=torch.float32)
     model, x = case.model(), case.inputs(2, 3)
     adapter = case.trained(model)
@@ -100,7 +101,7 @@ def _is_a_copy(case: Case, model: Tower, twin: Tower, x: Tensor, what: str) -> N
         same(twin(x), expected, f"the output of {what}")
         found = ll.adapters(twin)
         assert list(found) == ["default"], f"ll.adapters of {what}: {list(found)}"
-        assert found["default"].sites == ll.adapters(model)["default"].sites, f"the variants of {what} differ"
+        assert list(found["default"].sites) == list(ll.adapters(model)["default"].sites), f"the sites of {what} differ"
         move(found["default"], 0.3, 9)
         differs(twin(x), expected, f"{what} with other parameters")
         same(model(x), expected, f"the original after {what} was changed")

@@ -66,7 +66,7 @@ def check(model: nn.Module, batch: Any) -> Report:
         loss = _loss(call(model, batch, next(model.parameters()).device), batch)
         wrong = _backward(loss, model)
         gradients = {name: p.grad for name, p in parameters.items()}
-        wrong += _complaints(found, calls, gradients) if not wrong else []
+        wrong += _complaints(model, found, calls, gradients) if not wrong else []
     if wrong:
         raise CheckError(f"{len(wrong)} things are wrong:{bullets(wrong)}")
     return Report(tuple(found), len(modules), len(parameters))
@@ -135,27 +135,30 @@ def _backward(loss: Tensor, model: nn.Module) -> list[str]:
         return []
     if not torch.is_grad_enabled():
         return ["gradients are off (torch.no_grad or inference_mode around check)"]
-    return [f"the loss does not depend on any adapter parameter.{_checkpointing(model)}"]
+    return ["the loss does not depend on any adapter parameter", *_checkpointing(model)]
 
 
-def _complaints(found: dict[str, Adapter], calls: dict[str, int], gradients: dict[str, Tensor | None]) -> list[str]:
+def _complaints(
+    model: nn.Module, found: dict[str, Adapter], calls: dict[str, int], gradients: dict[str, Tensor | None]
+) -> list[str]:
     off = [f"adapter {a.name!r} is disabled or has scale 0" for a in found.values() if not a.active]
     silent = [f"{path}: the layer was never called, so its hooks never fired" for path, n in calls.items() if not n]
     missing = [f"{name}: no gradient" for name, g in gradients.items() if g is None]
     broken = [f"{name}: the gradient is not finite" for name, g in gradients.items() if g is not None and not _finite(g)]
     zero = [f"{name}: the gradient is zero" for name, g in gradients.items() if g is not None and not g.any()]
-    return off + silent + missing + broken + zero
+    return (_checkpointing(model) if missing else []) + off + silent + missing + broken + zero
 
 
 def _finite(gradient: Tensor) -> bool:
     return bool(torch.isfinite(gradient).all())
 
 
-def _checkpointing(model: nn.Module) -> str:
+def _checkpointing(model: nn.Module) -> list[str]:
     root = adapted_root(model) or model
     if not any(getattr(module, "gradient_checkpointing", False) for module in root.modules()):
-        return ""
-    return (
-        " Gradient checkpointing is on: in its reentrant form it drops the gradients of a block whose input needs none. Turn "
-        "it on with gradient_checkpointing_kwargs={'use_reentrant': False}, or call model.enable_input_require_grads()"
+        return []
+    told = (
+        "gradient checkpointing is on: in its reentrant form it drops the gradients of a block whose input needs none. Turn it "
+        "on with {'use_reentrant': False} as its keyword arguments, or call model.enable_input_require_grads()"
     )
+    return [told]

@@ -20,11 +20,11 @@ from lora_lite.errors import AdapterError, AdapterFileError, TargetError, Varian
 from lora_lite.fileformat import Metadata, dtypes_of
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import Control, Entry
+from lora_lite.layers import is_dtensor, whole
 from lora_lite.plugins import provider
 from lora_lite.registry import (
     adapted_root,
     install,
-    is_dtensor,
     refuse_sharded,
     refuse_unfit,
     refuse_wrapped,
@@ -297,7 +297,7 @@ class Adapter:
         """
         state = {}
         for entry, site in self._each():
-            stored = {k: _whole(v.detach()) for k, v in entry.stored(self._modules[site.path]).items()}
+            stored = {k: whole(v.detach()) for k, v in entry.stored(self._modules[site.path]).items()}
             for tensor, value in entry.variant.state_dict(site, stored).items():
                 if derived or tensor not in entry.specs or not entry.specs[tensor].derived:
                     state[f"{site.path}.{tensor}"] = value
@@ -333,9 +333,10 @@ class Adapter:
             raise AdapterFileError(
                 f"derived=False: {self.variant} has no tensor that can be derived from the base alone; save with derived=True"
             )
+        header = self._metadata(state, derived)
         sharded = any(is_dtensor(t) for _, t in self._stored())
         if not sharded or torch.distributed.get_rank() == 0:
-            fileformat.write(path, state, self._metadata(state, derived))
+            fileformat.write(path, state, header)
 
     def detach(self) -> None:
         """Take the adapter off the model. The last one to leave leaves it bit for bit what it was, `requires_grad` included.
@@ -392,7 +393,7 @@ class Adapter:
             derived=derived,
             uses_base=self._control.uses_base,
             fingerprint=fingerprint({site.path: site for _, site in self._each()}),
-            probes={} if derived else {name: probe(value) for name, value in self._derived().items()},
+            probes={} if derived else {name: probe(whole(value)) for name, value in self._derived().items()},
         )
 
 
@@ -434,8 +435,3 @@ def _rng(seed: int, path: str) -> Rng:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     return generator
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor; collective."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

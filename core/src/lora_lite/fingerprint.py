@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lora_lite.layers import whole
 from lora_lite.variant import Site
 
 SAMPLES = 1024
@@ -29,7 +30,7 @@ PROBE_TOLERANCE = 1e-2
 def sample(site: Site, count: int) -> str:
     """`count` weights at fixed random places, rounded to bfloat16, in base64."""
     places = torch.randint(site.d_in * site.d_out, (count,), generator=torch.Generator().manual_seed(0))
-    weight = site.weight()
+    weight = whole(site.weight())
     places = places.to(weight.device)
     values = weight[places // site.d_in, places % site.d_in]
     codes = values.float().cpu().bfloat16().view(torch.uint8)

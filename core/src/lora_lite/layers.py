@@ -6,6 +6,7 @@ the root package of the layers it teaches, loaded only when a model holds a modu
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -104,3 +105,14 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """x, from what a linear layer was called with: its only argument, which may come as a keyword."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded, without importing torch.distributed for the question."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor; collective. Any other tensor is itself."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

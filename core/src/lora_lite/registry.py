@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import Control, Entry, SiteHooks, attribute, hooks_of
+from lora_lite.layers import is_dtensor
 from lora_lite.targets import Placement, named_modules, root_of
 
 KEY = "_lora_lite"
@@ -100,12 +100,6 @@ def refuse_sharded(root: nn.Module) -> None:
             "the model's parameters are sharded (DTensor): attach, load and detach before fully_shard(), or gradients of the "
             "adapter would silently not be reduced"
         )
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded, without importing torch.distributed for the question."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def install(

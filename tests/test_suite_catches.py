@@ -514,7 +514,7 @@ class LoadsWhatItLikes(Sound, name="loads_what_it_likes"):
 class _Handle(BaseModel):
     """Something that a copy shares: it says so itself."""
 
-    tensors: list[Any] = []
+    tensors: dict[str, Any] = {}
 
     def __deepcopy__(self, memo: Any) -> "_Handle":
         return self
@@ -525,8 +525,8 @@ class SharesWithItsCopies(Sound, name="shares_with_its_copies"):
     _handle: _Handle = PrivateAttr(default_factory=_Handle)
 
     def delta_output(self, site, t, x, y):
-        self._handle.tensors = self._handle.tensors or [t["B"].detach().clone()]
-        return super().delta_output(site, {**t, "B": self._handle.tensors[0]}, x, y)
+        self._handle.tensors = self._handle.tensors or dict(t)
+        return super().delta_output(site, self._handle.tensors, x, y)
 
 
 @caught_by("pickles_are_independent", r"lambda")

@@ -45,7 +45,7 @@ def attempts(variant: type[Variant], refined: Mapping[str, SearchStrategy[Any]])
     unknown = refined.keys() - variant.model_fields.keys()
     if unknown:
         raise TypeError(f"fields: variant {variant.name!r} has no field {', '.join(sorted(unknown))}")
-    fields = {name: refined.get(name, field_values(variant, name)) for name in variant.model_fields}
+    fields = {name: refined[name] if name in refined else field_values(variant, name) for name in variant.model_fields}
 
     @st.composite
     def attempt(draw: DrawFn) -> Case | Refusal:
@@ -83,7 +83,8 @@ def varies(variant: type[Variant], field: str) -> bool:
     kinds = _types(info.annotation)
     if kinds == [int]:
         return len(_sizes(_Bounds.of(info.annotation, info.metadata))) > 1
-    return len(kinds) > 1 or kinds[0] in (float, bool) or (get_origin(kinds[0]) is Literal and len(get_args(kinds[0])) > 1)
+    choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else list(kinds[0]) if _is_enum(kinds[0]) else []
+    return len(kinds) > 1 or kinds[0] in (float, bool) or len(choices) > 1
 
 
 def refused_values(variant: type[Variant], field: str) -> list[Any]:
@@ -156,7 +157,7 @@ def _values(annotation: Any, metadata: Iterable[Any], default: Any) -> SearchStr
         return st.sampled_from(_sizes(bounds))
     if annotation is float:
         return _floats(bounds, default)
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+    if _is_enum(annotation):
         return st.sampled_from(list(annotation))
     return None
 
@@ -187,6 +188,10 @@ def _floats(bounds: _Bounds, default: Any) -> SearchStrategy[float]:
     ends = [float(end) for end in (low, high) if math.isfinite(end) and bounds.allows(end)]
     known = [*ends, *([default] if isinstance(default, float) and bounds.allows(default) else [])]
     return st.one_of(st.sampled_from(known), inner) if known else inner
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
 
 
 def _types(annotation: Any) -> list[Any]:

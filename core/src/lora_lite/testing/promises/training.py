@@ -46,33 +46,24 @@ def every_parameter_learns_and_nothing_else(case: Case) -> None:
 
 @promise(examples=5, shrink=False)
 def learns_what_it_can_express(case: Case) -> None:
-    """A short training run fits a target that the method can express: the same variant on the same base, with other values of
-    its parameters. The loss falls below a third.
+    """A short training run fits a target that the method can express: the same variant on the same layer, with other values of
+    its parameters. At one of three learning rates at least, the mean square error falls below a third.
 
     Usually broken by a wrong sign, by a gradient that is too small by orders of magnitude, by a projection that undoes the
     steps, or by a start from which no gradient leads away.
     """
     case = case.but(dtype=torch.float32)
-    x = case.inputs(8, 4)
-    teacher, student = case.model(), case.model()
-    case.trained(teacher, amount=0.3, seed=1)
-    adapter = case.attach(student)
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=2e-2)
-    adapter.project_after(optimizer)
+    x, teacher = case.inputs(32), case.model()
+    case.trained(teacher, seed=1, layers=0)
     with torch.no_grad():
-        target = teacher(x)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = (student(x) - target).square().mean()
-        losses.append(float(loss.detach()))
-        if losses[-1] < 0.2 * losses[0]:
-            break
-        loss.backward()
-        optimizer.step()
-    assert min(losses) < losses[0] / 3, (
-        f"the mean square error fell from {losses[0]:.3g} to {min(losses):.3g} only, in {len(losses)} steps of Adam"
-    )
+        target = teacher.layer(x)
+    runs = {}
+    for lr in (2e-2, 1e-1, 4e-3):
+        runs[lr] = _fit(case, x, target, lr)
+        if runs[lr][-1] < runs[lr][0] / 3:
+            return
+    told = ", ".join(f"from {losses[0]:.3g} to {min(losses):.3g} at lr {lr}" for lr, losses in runs.items())
+    raise AssertionError(f"in 80 steps of Adam, the mean square error fell {told}")
 
 
 @promise(examples=8)
@@ -151,3 +142,21 @@ def _values(adapter: ll.Adapter) -> dict[str, Tensor]:
 
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def _fit(case: Case, x: Tensor, target: Tensor, lr: float) -> list[float]:
+    """The errors of a run, up to 80 steps or a fifth of the first error."""
+    student = case.model()
+    adapter = case.attach(student, layers=0)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=lr)
+    adapter.project_after(optimizer)
+    losses: list[float] = []
+    while len(losses) < 80:
+        optimizer.zero_grad()
+        loss = (student.layer(x) - target).square().mean()
+        losses.append(float(loss.detach()))
+        if losses[-1] < losses[0] / 5:
+            break
+        torch.autograd.backward(loss)
+        optimizer.step()
+    return losses

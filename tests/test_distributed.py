@@ -1,0 +1,69 @@
+"""Two processes with gloo: DDP and FSDP2 train what one process trains, and files hold whole tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import lora_lite as ll
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def worker() -> ModuleType:
+    """The worker's module, to run its model and its training in this process too."""
+    spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each way and variant, each trained in by the same two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    here = worker()
+    for mode in ("ddp", "fsdp"):
+        for variant in ("lora", "antipasto"):
+            (folder / f"{mode}-{variant}").mkdir()
+            here.prepared(variant)[1].save(folder / f"{mode}-{variant}" / "single")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["lora", "antipasto"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(runs: Path, mode: str, variant: str) -> None:
+    """Two processes on half of the rows each end with the parameters of one process on all rows: gradients are reduced. Both
+    hold the same; the file loads onto a plain model; attaching (or, sharded, detaching) afterwards is refused.
+    """
+    here, folder = worker(), runs / f"{mode}-{variant}"
+    model, adapter = here.prepared(variant)
+    start = {name: value.clone() for name, value in adapter.state_dict().items()}
+    here.train(model, adapter, here.data())
+    expected = adapter.state_dict()
+    states = [torch.load(folder / f"state{rank}") for rank in range(2)]
+    for name, value in expected.items():
+        assert torch.equal(states[0][name], states[1][name]), name
+        torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5)
+    trained = [name for name, _ in adapter.named_parameters()]
+    assert not any(torch.allclose(start[name], expected[name], atol=1e-4) for name in trained)
+    for file in ("file", *(["slim"] if folder.name == "fsdp-antipasto" else [])):
+        torch.manual_seed(0)
+        fresh = here.Net()
+        loaded = ll.load(fresh, folder / file).state_dict()
+        assert loaded.keys() == expected.keys()
+        for name in trained:
+            assert torch.equal(loaded[name], states[0][name]), name
+        torch.testing.assert_close(fresh(here.data()[0]), model(here.data()[0]), rtol=1e-3, atol=1e-4)

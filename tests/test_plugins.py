@@ -1,0 +1,262 @@
+"""Discovery through real entry points: laziness, and what is said when a plugin cannot be used while the others go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import lora_lite as ll
+import pytest
+import torch
+from lora_lite import plugins
+from torch import nn
+
+GOOD = """
+import torch, lora_lite as ll
+
+class Shift(ll.Variant, name="shift"):
+    size: float = 0.5
+    def tensors(self, site): return {"b": ll.TensorSpec((site.d_out,))}
+    def init(self, site, derived, statistics, rng): return {"b": torch.zeros(site.d_out)}
+    def delta_output(self, site, t, x, y): return (self.size * t["b"]).expand_as(y)
+"""
+
+KIND = """
+import torch, lora_lite as ll
+
+class Turned(torch.nn.Module):
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.matrix = torch.nn.Parameter(torch.randn(d_in, d_out))
+    def forward(self, x): return x @ self.matrix
+
+class TurnedKind(ll.LayerKind):
+    def matches(self, module): return type(module) is Turned
+    def shape(self, module): return module.in_features, module.out_features
+    def weight(self, module): return module.matrix.T
+    def enter(self, module): module.entered = getattr(module, "entered", 0) + 1
+    def exit(self, module): module.entered -= 1
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs a distribution of one module for the duration of a test: its metadata and its code, on a path of its own."""
+    registered = {name for name, _ in plugins._manager.list_name_plugin()}
+    modules = set(sys.modules)
+
+    def make(distribution: str, module: str, code: str, entry_points: dict[str, dict[str, str]], requires: str = "") -> None:
+        folder = tmp_path / distribution
+        info = folder / f"{distribution.replace('-', '_')}-1.5.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(code)
+        needs = f"Requires-Dist: {requires}\n" if requires else ""
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n{needs}")
+        lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in entry_points.items()]
+        (info / "entry_points.txt").write_text("".join(lines))
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.setattr(plugins, "_layer_cache", None)
+
+    yield make
+    for name, _ in plugins._manager.list_name_plugin():
+        if name not in registered:
+            plugins._manager.unregister(name=name)
+    for name in set(sys.modules) - modules:
+        if name.startswith("stranger"):
+            del sys.modules[name]
+    plugins._layer_cache = None
+
+
+def variants(**points: str) -> dict[str, dict[str, str]]:
+    """Entry points of the group for variants."""
+    return {"lora_lite.variants": points}
+
+
+def model() -> nn.Module:
+    """A model of one block."""
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+
+def the_others_work() -> None:
+    """LoRA attaches, and installed variants are listed."""
+    assert ll.attach(model(), "lora", r=2).num_parameters == 16
+    assert {"lora", "antipasto"} <= ll.variants().keys()
+
+
+def test_variants_lists_what_is_installed_without_importing_it(install: Callable[..., None]) -> None:
+    """Name, distribution, version and target come from metadata: a plugin that cannot even be imported is listed too."""
+    install("lora-lite-stranger", "stranger", "raise SystemError", variants(shift="stranger:Shift"))
+    found = ll.variants()
+    assert found["shift"] == ll.VariantInfo("shift", "lora-lite-stranger", "1.5", "stranger:Shift")
+    assert found["lora"].distribution == "lora-lite-lora"
+    assert "stranger" not in sys.modules
+
+
+def test_a_strangers_plugin(install: Callable[..., None], tmp_path: Path) -> None:
+    """An installed stranger is attached by name like ours, its file says who wrote it, and it loads by name."""
+    install("lora-lite-stranger", "stranger", GOOD, variants(shift="stranger:Shift"))
+    adapter = ll.attach(model(), "shift", size=2.0)
+    assert (str(adapter.variant), adapter.num_parameters) == ("shift(size=2.0)", 4)
+    adapter.save(tmp_path / "a")
+    assert ll.fileformat.read_metadata(tmp_path / "a")[0].provider == "lora-lite-stranger 1.5"  # type: ignore[attr-defined]
+    assert ll.load(model(), tmp_path / "a").variant == adapter.variant
+    with pytest.raises(ll.UnknownVariantError, match="there is no variant 'shfit'; did you mean 'shift'"):
+        ll.attach(model(), "shfit")
+
+
+def test_broken_on_import(install: Callable[..., None]) -> None:
+    """Distribution, version, the cause (chained) and the core it asks for are named; never "not installed"."""
+    install(
+        "lora-lite-stranger",
+        "stranger",
+        "import no_such_module_anywhere",
+        variants(shift="stranger:Shift"),
+        requires="lora-lite-core>=7",
+    )
+    with pytest.raises(
+        ll.PluginError, match=r"'shift' of lora-lite-stranger 1\.5 \(stranger:Shift\) is installed but"
+    ) as caught:
+        ll.attach(model(), "shift")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    assert "No module named 'no_such_module_anywhere'" in str(caught.value)
+    assert "lora-lite-core>=7" in str(caught.value)
+    assert "not installed" not in str(caught.value)
+    assert "pip install" not in str(caught.value)
+    the_others_work()
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"),
+    [
+        ("stranger:Nothing", r"fails on import: AttributeError: .*'Nothing'"),
+        ("stranger:__name__", r"gives 'stranger'; expected a subclass of lora_lite\.Variant"),
+        ("stranger:torch.nn.Linear", r"gives <class .*Linear'>; expected a subclass"),
+        ("stranger:Shift", r"'moved' .* gives Shift, whose name is 'shift'; its author must make"),
+    ],
+)
+def test_wrong_object(install: Callable[..., None], target: str, complaint: str) -> None:
+    """An entry point without object, with another one, or with a class of another name: its author's mistake is named."""
+    install("lora-lite-stranger", "stranger", GOOD, variants(moved=target))
+    with pytest.raises(ll.PluginError, match=complaint):
+        ll.attach(model(), "moved")
+    the_others_work()
+
+
+def test_provided_twice(install: Callable[..., None]) -> None:
+    """A name that two distributions claim is refused with both named, not decided by chance; variants() lists both."""
+    install("lora-lite-stranger", "stranger", GOOD, variants(shift="stranger:Shift"))
+    install("lora-lite-stranger-two", "stranger_two", GOOD, variants(shift="stranger_two:Shift"))
+    with pytest.raises(
+        ll.PluginError, match=r"'shift' is provided twice, by (?=.*lora-lite-stranger 1\.5)(?=.*stranger-two 1\.5)"
+    ):
+        ll.attach(model(), "shift")
+    assert set(ll.variants()["shift"].distribution.split(" / ")) == {"lora-lite-stranger", "lora-lite-stranger-two"}
+    the_others_work()
+
+
+def test_not_installed_gives_the_exact_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a variant of ours that is missing, the error is the pip command that installs it."""
+    found = plugins._entry_points
+    monkeypatch.setattr(plugins, "_entry_points", lambda group: {k: v for k, v in found(group).items() if k != "ia3_ff"})
+    monkeypatch.setattr(plugins._manager.hook, "lora_lite_variant", lambda **_: None)
+    with pytest.raises(
+        ll.UnknownVariantError, match=r"'ia3_ff' is not installed \(installed: .*\); pip install lora-lite-ia3$"
+    ):
+        ll.attach(model(), "ia3_ff")
+
+
+def test_layer_kind_of_a_stranger(install: Callable[..., None]) -> None:
+    """A kind from the entry point named after the layers' package is loaded when a model holds such a layer; enter and exit
+    are called once, with the first and the last adapter.
+    """
+    install("lora-lite-stranger", "stranger", KIND, {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}})
+    ll.plan(model(), "lora", r=2)
+    assert "stranger" not in sys.modules
+    import stranger  # type: ignore[import-not-found]
+
+    odd = nn.ModuleList([nn.ModuleDict({"turned": stranger.Turned(6, 4)})])
+    layer, x = odd[0]["turned"], torch.randn(3, 6)
+    base = layer(x)
+    one, two = (ll.attach(odd, "lora", r=2, name=name) for name in ("one", "two"))
+    for p in one.parameters():
+        nn.init.ones_(p)
+    torch.testing.assert_close(layer(x) - base, 16 * x.sum(-1, keepdim=True).expand(3, 4))
+    assert layer.entered == 1
+    one.detach()
+    assert layer.entered == 1
+    two.detach()
+    assert layer.entered == 0
+    rotated = ll.attach(odd, "antipasto", r=4)
+    u, s, _ = ll.top_r_svd(layer.matrix.detach().T, 4)
+    torch.testing.assert_close(rotated.state_dict()["0.turned.S"], s)
+    torch.testing.assert_close(rotated.state_dict()["0.turned.U"], u)
+
+
+def test_an_enter_that_raises(install: Callable[..., None], untouched: Callable[..., AbstractContextManager[None]]) -> None:
+    """A kind that fails on entering its second layer leaves the model as it was: the first is exited again."""
+    code = KIND.replace('module.entered = getattr(module, "entered", 0) + 1', "1 / (module.in_features - 5)")
+    code = code.replace("module.entered -= 1", "left.append(module.in_features)") + "\nleft = []"
+    install("lora-lite-stranger", "stranger", code, {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}})
+    import stranger
+
+    odd = nn.ModuleList([stranger.Turned(6, 4), stranger.Turned(5, 4)])
+    with untouched(odd), pytest.raises(ZeroDivisionError):
+        ll.attach(odd, "lora", r=2)
+    assert stranger.left == [6]
+
+
+@pytest.mark.parametrize(("code", "complaint"), [("raise RuntimeError('driver')", "driver"), (GOOD, "expected a subclass of")])
+def test_broken_layer_kind(install: Callable[..., None], code: str, complaint: str) -> None:
+    """A broken kind is named when a model holds its layers; other models do not notice."""
+    package = type("Odd", (nn.Linear,), {"__module__": "stranger_layers.linear"})
+    install("lora-lite-stranger", "stranger", code, {"lora_lite.layers": {"stranger_layers": "stranger:Shift"}})
+    with pytest.raises(ll.PluginError, match=rf"lora_lite\.layers 'stranger_layers' of lora-lite-stranger 1\.5.*{complaint}"):
+        ll.attach(nn.ModuleList([package(4, 4)]), "lora", r=2)
+    the_others_work()
+
+
+# --- what an import pulls in, each in a process of its own
+
+
+def loaded_by(code: str) -> list[str]:
+    """The root packages in sys.modules after `code`, beyond those that torch alone brings."""
+    script = f"import json, sys, torch\nbefore = set(sys.modules)\n{code}\n"
+    script += "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+HEAVY = {"transformers", "peft", "accelerate", "datasets", "numpy", "hypothesis", "pytest", "bitsandbytes"}
+
+
+def unwanted(packages: list[str]) -> set[str]:
+    """Of these packages, what `import lora_lite` must not bring: other libraries, and any plugin."""
+    return {p for p in packages if p in HEAVY or p.startswith("lora_lite_")}
+
+
+def test_import_is_light() -> None:
+    """`import lora_lite` brings pydantic, pluggy and safetensors beyond torch: no transformers, no plugin."""
+    found = loaded_by("import lora_lite")
+    assert {"lora_lite", "pydantic", "pluggy", "safetensors"} <= set(found)
+    assert not unwanted(found), unwanted(found)
+
+
+def test_the_test_above_can_fail() -> None:
+    """The same look finds what is really imported."""
+    assert unwanted(loaded_by("import lora_lite, lora_lite_lora, peft")) >= {"lora_lite_lora", "peft", "transformers"}
+
+
+def test_a_name_imports_its_own_plugin_only() -> None:
+    """attach("antipasto") imports that plugin and no other; variants() none at all."""
+    attach = (
+        "import lora_lite as ll; ll.plan(torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))]), 'antipasto', r=4)"
+    )
+    assert unwanted(loaded_by(attach)) == {"lora_lite_antipasto"}
+    assert not unwanted(loaded_by("import lora_lite as ll; assert 'lora' in ll.variants()"))

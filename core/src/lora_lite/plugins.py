@@ -7,6 +7,7 @@ duplicates in silence.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -158,7 +159,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def provider(cls: type[Variant]) -> tuple[str, str]:
     """(distribution, version) of a variant class, or its module and "" where it is not installed as a plugin."""
     for point in _entry_points(VARIANTS).get(cls.name, []):
-        if point.value == f"{cls.__module__}:{cls.__qualname__}":
+        if getattr(sys.modules.get(point.module), point.attr, None) is cls:
             return _distribution(point), _version(point)
     return cls.__module__, ""
 

@@ -1,0 +1,71 @@
+"""PiSSA: LoRA that starts as the top-r part of the weight, so that training moves the principal part.
+
+    W' = W + s (B A - B₀ A₀),        B₀ = U √(S/s),  A₀ = √(S/s) V        A (r, d_in), B (d_out, r)        s = α / r
+
+U, S, V are the top-r singular triplets of W, so s B₀ A₀ is the principal part. The base weight is not written: the paper's
+residual W - s B₀ A₀ never appears. Trained are the offsets dA = A - A₀ and dB = B - B₀:
+
+    Δy = s · (dB A₀ x + (B₀ + dB) dA x)
+
+which loses nothing to rounding where two near-equal products would be subtracted. Weight decay pulls to the pretrained weight.
+
+Start: dA = dB = 0, so Δ is bitwise 0, and both have a gradient. It does not depend on how exact the decomposition is.
+
+Meng, Wang and Zhang 2024, arXiv:2404.02948.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from lora_lite import Rng, Site, Tensors, TensorSpec, Variant, check_rank, top_r_svd
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+
+class PiSSA(Variant, name="pissa"):
+    """Trained principal factors, W' = W + s (B A - B₀ A₀).
+
+    Attributes:
+        r: the rank, 1 ≤ r ≤ min(d_in, d_out).
+        alpha: the scale s is alpha / r; None means alpha = r, so scale 1, as in the paper.
+        svd: how the principal part is found; see `lora_lite.top_r_svd`.
+        dropout: probability of dropping an entry of x on its way to A and A₀ alike, in training mode. The paper has none.
+    """
+
+    recommended_lr: ClassVar[float] = 1e-3
+
+    r: PositiveInt = 8
+    alpha: PositiveFloat | None = None
+    svd: Literal["randomized", "exact"] = "randomized"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        check_rank(self.r, site)
+        a, b = (self.r, site.d_in), (site.d_out, self.r)
+        return {
+            "A0": TensorSpec(a, trainable=False, derived=True),
+            "B0": TensorSpec(b, trainable=False, derived=True),
+            "dA": TensorSpec(a),
+            "dB": TensorSpec(b),
+        }
+
+    def derive(self, site: Site) -> dict[str, Tensor]:
+        u, s, v = top_r_svd(site.weight(), self.r, self.svd)
+        root = (s / self._scale).sqrt()
+        return {"A0": root[:, None] * v, "B0": u * root}
+
+    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+        return {"dA": torch.zeros(self.r, site.d_in), "dB": torch.zeros(site.d_out, self.r)}
+
+    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        x = dropout(x, self.dropout, site.training)
+        principal, change = self._scale * linear(x, t["A0"]), self._scale * linear(x, t["dA"])
+        return linear(principal, t["dB"]) + linear(change, t["B0"] + t["dB"])
+
+    def macs_per_token(self, site: Site) -> int:
+        return 2 * self.r * (site.d_in + site.d_out)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.r

@@ -561,15 +561,16 @@ def test_path_that_cannot_be_written(blocks: Make, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_existing_file_survives_a_failed_write(file: Path, blocks: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
+def test_existing_file_survives_a_failed_write(file: Path, blocks: Make, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """A write that fails half-way (a full disk, say) leaves the old file, and no temporary one."""
     before = file.read_bytes()
     adapter = ll.attach(blocks(), "lora", r=4)
 
-    def full(_: int) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(step, full)
     with pytest.raises(ll.AdapterFileError, match="No space left on device"):
         adapter.save(file)
     assert file.read_bytes() == before

@@ -22,15 +22,7 @@ from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import Control, Entry
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.plugins import provider
-from lora_lite.registry import (
-    adapted_root,
-    install,
-    refuse_sharded,
-    refuse_unfit,
-    refuse_wrapped,
-    registry_of,
-    remove,
-)
+from lora_lite.registry import adapted_root, install, refuse_sharded, refuse_unfit, refuse_wrapped, registry_of, remove
 from lora_lite.state import place_values, unpack
 from lora_lite.targets import Overrides, Patterns, Placement, named_modules, place, plan, root_of
 from lora_lite.variant import Rng, Site, Variant

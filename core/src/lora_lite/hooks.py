@@ -83,7 +83,8 @@ class Entry:
                     f"adapter {self.control.name!r}: tensor {key!r} is on {value.device}, the activation on {like.device}; "
                     "attach or load after the model is where it shall stay, or move both with model.to(device)"
                 )
-            t[name] = value.to(at_least_float32 if precise else like.dtype)
+            floating = value.is_floating_point()  # an index stays what it is
+            t[name] = value.to(at_least_float32 if precise else like.dtype) if floating else value
         return t
 
     def _prepare(self, site: Site, t: dict[str, Tensor], dtype: torch.dtype, extra: dict[str, float]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def gradients_agree_with_finite_differences(case: Case) -> None:
 
     def tensors(*parameters: Tensor) -> dict[str, Tensor]:
         now = {**stored, **dict(zip(trainable, parameters, strict=True))}
-        return {name.removeprefix("lora_default_"): t.double() for name, t in now.items()}
+        return {name.removeprefix("lora_default_"): _cast(t, torch.float64) for name, t in now.items()}
 
     with torch.no_grad():
         t = tensors(*values)
@@ -233,7 +233,11 @@ def _read(variant: Variant, site: Site, layer: nn.Module) -> dict[str, Tensor]:
     """An adapter's tensors as its deltas get them: cast as `TensorSpec.compute` says."""
     dtypes = {"activation": site.dtype, "float32": torch.promote_types(site.dtype, torch.float32)}
     specs = variant.tensors(site)
-    return {name: layer.get_parameter(f"lora_default_{name}").to(dtypes[spec.compute]) for name, spec in specs.items()}
+    return {name: _cast(layer.get_parameter(f"lora_default_{name}"), dtypes[spec.compute]) for name, spec in specs.items()}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _prepared(variant: Variant, site: Site, t: Tensors) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ class Sound(Variant, name="sound"):
 
 
 class Rich(Variant, name="rich"):
-    """Uses every stage of the contract: Δx = x ⊙ (m ⊙ n + p) P / |n|, with m from calibration data, P derived from the base, a
-    norm that is constant to gradients, a set that n stays in, and a penalty. It takes the scale itself.
+    """Uses every stage of the contract: Δx = x ⊙ (m ⊙ n / |n| + p P), with m from calibration data and turned round, P derived
+    from the base, a norm that is constant to gradients, a set that n stays in, and a penalty. It takes the scale itself.
     """
 
     takes_scale: ClassVar[bool] = True
@@ -56,6 +56,7 @@ class Rich(Variant, name="rich"):
             "n": TensorSpec(shape, decay=False),
             "p": TensorSpec(shape, compute="float32"),
             "m": TensorSpec(shape, trainable=False),
+            "order": TensorSpec(shape, trainable=False, dtype=torch.int64),
             "P": TensorSpec(shape, trainable=False, derived=True, dtype=torch.float32, compute="float32"),
         }
 
@@ -64,7 +65,7 @@ class Rich(Variant, name="rich"):
 
     def init(self, site, derived, statistics, rng):
         noise = 0.1 * torch.randn(site.d_in, generator=rng("n"))
-        return {"n": 1 + noise, "p": torch.zeros(site.d_in), "m": statistics["size"]}
+        return {"n": 1 + noise, "p": torch.zeros(site.d_in), "m": statistics["size"], "order": torch.arange(site.d_in).flip(0)}
 
     def observe(self, site):
         return Sizes(site.d_in, self.side)
@@ -73,7 +74,7 @@ class Rich(Variant, name="rich"):
         return {"norm": t["n"].norm(), "p P": scale * t["p"] * t["P"]}
 
     def delta_input(self, site, t, x, *, scale=1.0):
-        return x * (scale * t["m"] * t["n"] / t["norm"] + t["p P"].to(x.dtype))
+        return x * (scale * t["m"][t["order"]] * t["n"] / t["norm"] + t["p P"].to(x.dtype))
 
     def project(self, site, t):
         t["n"].clamp_(-self.limit, self.limit)

@@ -83,7 +83,9 @@ def test_every_variant_has_its_page_with_every_field_and_default(name: str) -> N
         row = re.search(rf"^\| `{field}` \|.*$", page, re.MULTILINE)
         assert row, f"{name}: no row for {field}"
         default = f'"{info.default}"' if isinstance(info.default, str) else str(info.default)
-        assert re.search(rf"\| `?{re.escape(default)}`?(:[^|]*)? \|", row.group()), f"{name}: {field} has default {default}, the page says {row.group()}"
+        assert re.search(rf"\| `?{re.escape(default)}`?(:[^|]*)? \|", row.group()), (
+            f"{name}: {field} has default {default}, the page says {row.group()}"
+        )
     assert "arXiv:" in page
     assert f'--8<-- "plugins/{package}/README.md"' in (ROOT / "docs/variants" / f"{package}.md").read_text()
 

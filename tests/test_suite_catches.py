@@ -607,8 +607,7 @@ def test_tests_cannot_be_overridden_by_a_second_base() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["test_base_is_untouched", "test_only_declared_tensors_appear", "test_save_and_load_are_bitwise"],
+    "name", ["test_base_is_untouched", "test_only_declared_tensors_appear", "test_save_and_load_are_bitwise"]
 )
 def test_what_cannot_be_waived(name: str) -> None:
     with pytest.raises(TypeError, match="cannot be waived"):

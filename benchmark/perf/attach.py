@@ -52,10 +52,7 @@ def main() -> None:
             del ours, theirs
             rows: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]] = {
                 "attach": (lambda model: ll.attach(model, "lora", targets="layers", **FIELDS), peft_attach),
-                "load": (
-                    lambda model: ll.load(model, file),
-                    lambda model: peft.PeftModel.from_pretrained(model, folder),
-                ),
+                "load": (lambda model: ll.load(model, file), lambda model: peft.PeftModel.from_pretrained(model, folder)),
             }
             for what, (mine, other) in rows.items():
                 a, b = (1e3 * seconds(work, layers, options.repeats) / layers for work in (mine, other))

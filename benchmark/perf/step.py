@@ -148,7 +148,9 @@ def main() -> None:
     if arguments.peak:
         return measure_peak(arguments)
     dtype = getattr(torch, arguments.dtype)
-    print(f"{arguments.dtype}, {arguments.tokens} tokens a step, targets {arguments.targets}, {torch.get_num_threads()} threads")
+    print(
+        f"{arguments.dtype}, {arguments.tokens} tokens a step, targets {arguments.targets}, {torch.get_num_threads()} threads"
+    )
     print("| pair | r | step time (95 %) | saved for backward | peak of the process |\n|---|---|---|---|---|")
     for pair in arguments.pairs:
         first, second = pair.split(":")

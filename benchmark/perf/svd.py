@@ -29,7 +29,8 @@ def worst_cosine(found: Tensor, true: Tensor) -> float:
 
 def main() -> None:
     w, u, v = spectrum(3584, 1024)
-    print(f"{torch.get_num_threads()} threads\n| r | full SVD s | randomised s | times faster | worst cosine |\n|---|---|---|---|---|")
+    print(f"{torch.get_num_threads()} threads")
+    print("| r | full SVD s | randomised s | times faster | worst cosine |\n|---|---|---|---|---|")
     for r in (8, 32, 128):
         seconds = {}
         for method in ("exact", "randomized", "exact", "randomized", "exact", "randomized"):

@@ -62,14 +62,7 @@ def test_no_number_is_none(text: str) -> None:
     assert not is_correct("#### 0", text)
 
 
-@given(
-    before=WORDS,
-    number=NUMBERS,
-    after=WORDS,
-    sign=st.sampled_from(["", "$", "€"]),
-    commas=st.booleans(),
-    dot=st.booleans(),
-)
+@given(before=WORDS, number=NUMBERS, after=WORDS, sign=st.sampled_from(["", "$", "€"]), commas=st.booleans(), dot=st.booleans())
 def test_any_number_in_any_words(before: str, number: Decimal, after: str, sign: str, commas: bool, dot: bool) -> None:
     """However a number is written, and whatever words without numbers stand around it, it is read back exactly."""
     written = f"{abs(number):,}" if commas else f"{abs(number)}"

@@ -77,10 +77,7 @@ def row_order(result: Result) -> tuple[bool, int, str, int]:
 def _one_table(results: Sequence[Result]) -> str:
     cells = {name: [show(result) for result in results] for name, show in COLUMNS}
     shown = {name: column for name, column in cells.items() if _is_worth_showing(name, column)}
-    lines = [
-        "| " + " | ".join(shown) + " |",
-        "|" + "|".join("---" if name == "variant" else "---:" for name in shown) + "|",
-    ]
+    lines = ["| " + " | ".join(shown) + " |", "|" + "|".join("---" if name == "variant" else "---:" for name in shown) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in zip(*shown.values(), strict=True)]
     return f"{_title(results)}\n\n" + "\n".join(lines) + f"\n\n{_footnote(results)}"
 

@@ -68,12 +68,7 @@ def train(
 
 
 def _backward(
-    model: nn.Module,
-    adapter: AnyAdapter,
-    batch: list[Example],
-    config: RunConfig,
-    accelerator: Accelerator,
-    pad: int,
+    model: nn.Module, adapter: AnyAdapter, batch: list[Example], config: RunConfig, accelerator: Accelerator, pad: int
 ) -> float:
     """Gradients of the batch's mean loss, whatever the number of forwards it takes; return that loss, in nats a token."""
     size = config.micro_batch_size or len(batch)

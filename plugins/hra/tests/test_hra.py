@@ -19,9 +19,7 @@ peft = pytest.importorskip("peft")
 def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any) -> None:
     """The same reflections give PEFT's logits and gradients."""
     equals_peft(
-        HRA(r=4),
-        lambda sites: peft.HRAConfig(r=4, target_modules=sites),
-        {"U": theirs("hra_u.default", shape=lambda u: u.T)},
+        HRA(r=4), lambda sites: peft.HRAConfig(r=4, target_modules=sites), {"U": theirs("hra_u.default", shape=lambda u: u.T)}
     )
 
 

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-MEMBERS := core $(sort $(wildcard plugins/*)) benchmark
+MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml))) benchmark
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 

@@ -51,7 +51,10 @@ def attach(
         model: any module; its base weights are read, never written.
         variant: the name of an installed variant, or an instance of a `Variant` subclass.
         name: of the adapter, for several on one model.
-        targets, exclude, layers, overrides: which layers, as for `plan`.
+        targets: which layers; see `plan` for this and the next three.
+        exclude: taken away from them.
+        layers: indices of the repeated blocks.
+        overrides: other fields for some sites.
         calibration: model inputs (mappings, tuples or tensors; a DataLoader works), where the variant needs them.
         dtype: of the trainable tensors. float32 by default also on a bfloat16 base, since bfloat16 loses small updates.
         seed: of the random start values, which depend on (seed, site path, tensor name) alone.

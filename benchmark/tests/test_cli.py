@@ -53,7 +53,7 @@ def test_a_run_leaves_results_table_and_picture(finished: Path) -> None:
 def test_measurements_are_the_adapters(finished: Path) -> None:
     """Parameters, MACs and file size are the planned ones and the file's; times and memory are there."""
     lora = next(result for result in load_results(finished) if result.config.variant == "lora")
-    plan = ll.plan(load_model(lora.config), "lora", r=2)
+    plan = ll.plan(load_model(lora.config), "lora", r=2, targets=lora.config.targets)
     measured = lora.measurements
     assert (measured.parameters, measured.macs_per_token) == (plan.parameters, plan.macs_per_token)
     assert measured.file_bytes == (finished / lora.config.folder / "adapter.safetensors").stat().st_size

@@ -19,9 +19,9 @@ from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import Control
 from lora_lite.plugins import kind_of, variant_class
 from lora_lite.registry import install, refuse_unfit, refuse_wrapped
-from lora_lite.state import device_of, unpack
-from lora_lite.targets import Placement, named_modules, place, root_of
-from lora_lite.variant import Spot, Variant
+from lora_lite.state import by_site, device_of, unpack
+from lora_lite.targets import Placement, named_modules, place, root_of, spot_at
+from lora_lite.variant import Variant
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, derived: bool = True) -> None:
@@ -106,14 +106,12 @@ def _upgraded(
 
 def _run_upgrade(cls: type[Variant], header: Metadata, tensors: dict[str, Tensor]) -> tuple[list[Variant], dict[str, Tensor]]:
     variants: list[Variant | None] = [None] * len(header.configurations)
-    upgraded: dict[str, Tensor] = {}
+    old, upgraded = by_site(tensors, header.sites)
     for site, index in header.sites.items():
-        old = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == site}
-        fields, new = cls.upgrade(json.loads(header.configurations[index]), old, header.variant_format)
+        fields, new = cls.upgrade(json.loads(header.configurations[index]), old[site], header.variant_format)
         variants[index] = cls.model_validate_json(json.dumps(fields))
         upgraded |= {f"{site}.{name}": tensor for name, tensor in new.items()}
-    extra = {key: t for key, t in tensors.items() if key.rpartition(".")[0] not in header.sites}
-    return [v for v in variants if v is not None], upgraded | extra
+    return [v for v in variants if v is not None], upgraded
 
 
 def _placements(
@@ -131,9 +129,7 @@ def _placements(
         kind = kind_of(modules[site])
         if kind is None:
             raise TargetError(f"{site} is a {type(modules[site]).__name__}, which no installed layer kind can read")
-        d_in, d_out = kind.shape(modules[site])
-        spot = Spot(site, kind, d_in, d_out, kind.bias(modules[site]) is not None)
-        choices.append((spot, modules[site], configurations[index]))
+        choices.append((spot_at(site, modules[site], kind), modules[site], configurations[index]))
     return place(choices)
 
 

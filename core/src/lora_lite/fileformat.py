@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,13 +97,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, Tensor]]:
     Raises:
         AdapterFileError: no such file, not an adapter of lora-lite, damaged, or of a newer format.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = parse_metadata(path, file.metadata() or {})
-            # A clone, since the file's own memory is not aligned and sums over it differ in the last bit.
-            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
+    with _opened(path) as (file, metadata):
+        # A clone, since the file's own memory is not aligned and sums over it differ in the last bit.
+        return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, tuple[str, list[int]]]]:
@@ -112,11 +108,17 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, tup
     Raises:
         AdapterFileError: as `read`.
     """
+    with _opened(path) as (file, metadata):
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return metadata, {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Metadata]]:
+    """The open file and its validated metadata; what goes wrong while reading is an `AdapterFileError`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = parse_metadata(path, file.metadata() or {})
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return metadata, {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+            yield file, parse_metadata(path, file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
 

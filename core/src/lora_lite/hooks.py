@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lite.calibration import describe
 from lora_lite.errors import AdapterError, VariantContractError
 from lora_lite.layers import layer_input
 from lora_lite.targets import Placement
@@ -106,7 +107,7 @@ class Entry:
         if delta.shape == like.shape and torch.is_autocast_enabled(like.device.type):
             return delta.to(like.dtype)
         raise VariantContractError(
-            f"variant {self.variant.name!r} gave a delta of {_what(delta)} for an activation of {_what(like)}; "
+            f"variant {self.variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}; "
             "a delta has the shape and dtype of what it is added to"
         )
 
@@ -116,8 +117,7 @@ class SiteHooks:
     depend on the order of attachment.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self.entries: tuple[Entry, ...] = ()
         self.handles: list[RemovableHandle] = []
 
@@ -173,7 +173,3 @@ def _sum(deltas: Iterable[Tensor]) -> Tensor:
     for delta in rest:
         first = first + delta
     return first
-
-
-def _what(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"

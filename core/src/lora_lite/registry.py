@@ -152,7 +152,7 @@ def _install_site(registry: Registry, entry: Entry, module: nn.Module, values: M
     path = entry.spot.path
     if path not in registry.hooks:
         entry.spot.kind.enter(module)
-        registry.hooks[path] = SiteHooks(path)
+        registry.hooks[path] = SiteHooks()
         registry.hooks[path].register(module)
     entry.control.entries[path] = entry
     for name, spec in entry.specs.items():

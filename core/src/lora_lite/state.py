@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterFileError, VariantContractError, bullets
+from lora_lite.fileformat import dtype_name
 from lora_lite.targets import Placement
 from lora_lite.variant import TensorSpec
 
@@ -43,25 +44,33 @@ def unpack(
     Raises:
         AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
     """
-    by_site: dict[str, dict[str, Tensor]] = {p.spot.path: {} for p in placements}
-    wrong = []
+    sites, others = by_site(saved, [p.spot.path for p in placements])
+    wrong = [f"{key}: extra (no such site)" for key in others]
     for key, tensor in saved.items():
-        path, _, name = key.rpartition(".")
-        if path in by_site:
-            by_site[path][name] = tensor
-        else:
-            wrong.append(f"{key}: extra (no such site)")
-        expected = dtypes.get(name, ()) if dtypes else ()
-        if expected and str(tensor.dtype).removeprefix("torch.") not in expected:
+        expected = dtypes.get(key.rpartition(".")[2], ()) if dtypes else ()
+        if expected and dtype_name(tensor.dtype) not in expected:
             wrong.append(f"{key}: dtype {tensor.dtype}, expected {' or '.join(expected)}")
     values = {}
     for placement in placements:
         path = placement.spot.path
-        values[path], complaints = _unpack_site(placement, by_site[path])
+        values[path], complaints = _unpack_site(placement, sites[path])
         wrong += complaints
     if wrong:
         raise AdapterFileError(f"{len(wrong)} tensors do not fit; nothing was changed:{bullets(wrong)}")
     return values
+
+
+def by_site(saved: Mapping[str, Tensor], paths: Iterable[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A state dict's tensors by site and name, for each of `paths`, and those that belong to none of them."""
+    sites: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    others = {}
+    for key, tensor in saved.items():
+        path, _, name = key.rpartition(".")
+        if path in sites:
+            sites[path][name] = tensor
+        else:
+            others[key] = tensor
+    return sites, others
 
 
 def _unpack_site(placement: Placement, saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

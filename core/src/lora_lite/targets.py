@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.errors import AdapterError, LayerKindError, MisfitError, SiteError, TargetError, bullets, did_you_mean
-from lora_lite.layers import looks_linear
+from lora_lite.layers import LayerKind, looks_linear
 from lora_lite.plugins import kind_of, make_variant, validated
 from lora_lite.variant import Site, Spot, TensorSpec, Variant
 
@@ -330,8 +330,13 @@ def _inventory(found: list[Layer]) -> str:
 def _spot(layer: Layer) -> Spot:
     kind = kind_of(layer.module)
     assert kind is not None
-    d_in, d_out = kind.shape(layer.module)
-    return Spot(layer.path, kind, d_in, d_out, kind.bias(layer.module) is not None)
+    return spot_at(layer.path, layer.module, kind)
+
+
+def spot_at(path: str, module: nn.Module, kind: LayerKind) -> Spot:
+    """Where a site is, with the shapes that its kind reads."""
+    d_in, d_out = kind.shape(module)
+    return Spot(path, kind, d_in, d_out, kind.bias(module) is not None)
 
 
 def _unreachable(root: nn.Module, found: list[Layer]) -> Iterator[str]:

@@ -415,7 +415,7 @@ FILES = [
     (_bad_field, ll.AdapterFileError, r"variant 'lora' refuses"),
     (_rank_too_large, ll.MisfitError, r"200 is larger than this layer allows"),
     (_no_such_site, ll.AdapterFileError, r"1 of which Blocks does not have.*\n  blocks\.0\.upp; did you mean 'blocks\.0\.up'"),
-    (_bad_index, ll.AdapterFileError, r"damaged metadata: a site refers"),
+    (_bad_index, ll.AdapterFileError, r"damaged metadata: (?s:.*)a site refers"),
     (_damaged, ll.AdapterFileError, r"damaged metadata"),
 ]
 

@@ -332,7 +332,7 @@ def test_a_format_without_upgrade_says_so(blocks: Make, tmp_path: Path, untouche
     save_file(tensors, tmp_path / "b", {"lora_lite": json.dumps(header)})
     with (
         untouched(fresh := blocks()),
-        pytest.raises(ll.LoraLiteError, match="reads files of format 3 and has no upgrade from format 2"),
+        pytest.raises(ll.LoraLiteError, match="of format 3 has no upgrade from format 2"),
     ):
         ll.load(fresh, tmp_path / "b", variant=New)
 
@@ -482,8 +482,8 @@ T = TypeVar("T")
 @pytest.mark.parametrize(
     ("namespace", "complaint"),
     [
-        ({"__annotations__": {"targets": str}, "targets": "x"}, "cannot be called 'targets', which is an argument of attach"),
-        ({"__annotations__": {"seed": int}, "seed": 0}, "cannot be called 'seed'"),
+        ({"__annotations__": {"targets": str}, "targets": "x"}, "the field .targets. is an argument of attach"),
+        ({"__annotations__": {"seed": int}, "seed": 0}, "the field .seed. is an argument"),
         ({"__annotations__": {"prepare": bool}, "prepare": False}, r"the field 'prepare' shadows Variant\.prepare"),
         ({"__annotations__": {"copy": bool}, "copy": False}, r"the field 'copy' shadows Variant\.copy"),
         ({"__annotations__": {"identity": str}, "identity": "x"}, r"the field 'identity' shadows Variant\.identity"),

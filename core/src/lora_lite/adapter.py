@@ -22,10 +22,10 @@ from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import Control, Entry
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.plugins import provider
-from lora_lite.registry import adapted_root, install, refuse_sharded, refuse_unfit, refuse_wrapped, registry_of, remove
+from lora_lite.registry import adapted_root, install, refuse_unfit, refuse_wrapped, remove
 from lora_lite.state import place_values, unpack
 from lora_lite.targets import Overrides, Patterns, Placement, named_modules, place, plan, root_of
-from lora_lite.variant import Rng, Site, Variant
+from lora_lite.variant import Rng, Site, TensorSpec, Variant
 
 
 def attach(
@@ -65,20 +65,18 @@ def attach(
         CalibrationError: calibration data is missing, superfluous, empty or rejected.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
     """
-    chosen = plan(
-        model, variant, targets=targets, exclude=exclude, layers=layers, overrides=overrides, **fields
-    )  # fmt: skip
+    chosen = plan(model, variant, targets=targets, exclude=exclude, layers=layers, overrides=overrides, **fields)
     root = root_of(model)
     refuse_wrapped(root)
     refuse_unfit(root, chosen.placements, name)
     if not dtype.is_floating_point:
         raise AdapterError(f"dtype={dtype}: the trainable tensors need a floating-point dtype")
+    control = Control(name, chosen.variant, seed)
     with ExitStack() as stack:
         for other in adapters(root).values():
             stack.enter_context(other.disabled())
         statistics = calibrate(root, chosen.placements, calibration)
         placements = _specialize(chosen.placements, statistics)
-        control = Control(name, chosen.variant, seed)
         values = {p.spot.path: _start_values(p, statistics.get(p.spot.path, {}), control, dtype) for p in placements}
     install(root, control, placements, values)
     return Adapter(root, control)
@@ -90,11 +88,8 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     Raises:
         AdapterError: `model` is only a part of the model through which they were attached.
     """
-    root = adapted_root(model)
-    registry = registry_of(root) if root is not None else None
-    if root is None or registry is None:
-        return {}
-    return {name: Adapter(root, control) for name, control in registry.controls.items()}
+    root, controls = adapted_root(model)
+    return {name: Adapter(root, control) for name, control in controls.items()}
 
 
 def adapter_of(model: nn.Module, name: str | None) -> Adapter:
@@ -123,35 +118,24 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 class Adapter:
-    """A variant attached to a model under a name: what `attach` and `load` return, and `adapters` finds again."""
+    """A variant attached to a model under a name: what `attach` and `load` return, and `adapters` finds again.
+
+    Attributes:
+        name: it was attached under.
+        variant: as asked for; `sites` has the one of each site.
+        seed: of its random start values.
+    """
 
     def __init__(self, root: nn.Module, control: Control) -> None:
-        self._root: nn.Module | None = root
-        self._control = control
+        self._root, self._control = root, control
+        self.name, self.variant, self.seed = control.name, control.variant, control.seed
         modules = dict(named_modules(root))
         self._modules = {path: modules[path] for path in control.entries}
-
-    # --- what it is
-
-    @property
-    def name(self) -> str:
-        """The name it was attached under."""
-        return self._control.name
-
-    @property
-    def variant(self) -> Variant:
-        """The variant, as asked for; `sites` has the one of each site."""
-        return self._control.variant
 
     @property
     def sites(self) -> dict[str, Variant]:
         """The variant of each site, by path: overrides and specialisation included."""
         return {path: entry.variant for path, entry in self._control.entries.items()}
-
-    @property
-    def seed(self) -> int:
-        """The seed of its random start values."""
-        return self._control.seed
 
     @property
     def num_parameters(self) -> int:
@@ -161,22 +145,22 @@ class Adapter:
     @property
     def macs_per_token(self) -> int:
         """Multiply-accumulates that it adds for each token, over all sites."""
-        return sum(entry.variant.macs_per_token(site) for entry, site in self._each())
+        return sum(entry.variant.macs_per_token(site) for entry, site, _ in self._each())
 
     @property
     def macs_per_forward(self) -> int:
         """Multiply-accumulates that it adds once a forward, over all sites."""
-        return sum(entry.variant.macs_per_forward(site) for entry, site in self._each())
+        return sum(entry.variant.macs_per_forward(site) for entry, site, _ in self._each())
 
     def __repr__(self) -> str:
-        if self._root is None:
+        if not self._control.entries:
             return f"Adapter({self.name!r}: {self.variant}, detached)"
-        suffixes = Counter(path.rpartition(".")[2] for path in self._control.entries)
-        frozen = sum(t.numel() for _, t in self._stored() if not t.requires_grad)
+        suffixes = Counter(path.rpartition(".")[2] for path in self.sites)
+        frozen = sum(t.numel() for _, spec, t in self._tensors() if not spec.trainable)
         state = f"scale {self.scale:g}" + ("" if self._control.enabled else ", disabled")
         return (
             f"Adapter({self.name!r}: {self.variant}, {state}\n"
-            f"  sites       {len(self._control.entries)} ({', '.join(f'{s} x {n}' for s, n in suffixes.items())})\n"
+            f"  sites       {len(self.sites)} ({', '.join(f'{s} x {n}' for s, n in suffixes.items())})\n"
             f"  parameters  {self.num_parameters:,} trainable, {frozen:,} frozen\n"
             f"  MACs        {self.macs_per_token:,} a token, {self.macs_per_forward:,} a forward)"
         )
@@ -189,11 +173,7 @@ class Adapter:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters, as (`path.tensor`, parameter)."""
-        for entry, site in self._each():
-            stored = entry.stored(self._modules[site.path])
-            for tensor, spec in entry.specs.items():
-                if spec.trainable:
-                    yield f"{site.path}.{tensor}", stored[tensor]  # type: ignore[misc]
+        return ((key, parameter) for key, spec, parameter in self._tensors() if spec.trainable)
 
     def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, with weight decay kept off the tensors that must not decay.
@@ -201,38 +181,26 @@ class Adapter:
         Args:
             weight_decay: of the decaying tensors.
         """
-        decays = {
-            f"{path}.{tensor}": spec.decay
-            for path, entry in self._control.entries.items()
-            for tensor, spec in entry.specs.items()
-        }
-        named = list(self.named_parameters())
-        groups = [
-            {"params": [p for name, p in named if decays[name]], "weight_decay": weight_decay},
-            {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for _, spec, parameter in self._tensors():
+            if spec.trainable:
+                groups[spec.decay].append(parameter)
+        return [{"params": found, "weight_decay": weight_decay * decay} for decay, found in groups.items() if found]
 
     def project(self) -> None:
         """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
         with torch.no_grad():
-            for entry, site in self._each():
-                entry.variant.project(site, entry.stored(self._modules[site.path]))
+            for entry, site, t in self._each():
+                entry.variant.project(site, t)
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `project` after every step of `optimizer`. The returned handle's `remove()` ends that."""
         inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-
-        def after_step(*_: Any) -> None:
-            if self._root is not None:
-                self.project()
-
-        return inner.register_step_post_hook(after_step)
+        return inner.register_step_post_hook(lambda *_: self.project() if self._control.entries else None)
 
     def penalty(self) -> Tensor:
         """The sum of the variant's penalties over all sites, a scalar to be added to the loss (0 for most variants)."""
-        stored = ((entry, site, entry.stored(self._modules[site.path])) for entry, site in self._each())
-        terms = [term for entry, site, t in stored if (term := entry.variant.penalty(site, t)) is not None]
+        terms = [term for entry, site, t in self._each() if (term := entry.variant.penalty(site, t)) is not None]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     # --- switches
@@ -272,14 +240,14 @@ class Adapter:
         """
         control = self._attached()
         before, control.frozen = control.frozen, True
-        versions = [t._version for _, t in self._stored()]
+        versions = [t._version for _, _, t in self._tensors()]
         try:
             yield
         finally:
             control.frozen = before
             for entry in control.entries.values():
                 entry.prepared = {}
-        if versions != [t._version for _, t in self._stored()]:
+        if versions != [t._version for _, _, t in self._tensors()]:
             raise AdapterError(f"adapter {self.name!r} was changed under frozen(), which is for inference only")
 
     # --- state
@@ -290,13 +258,12 @@ class Adapter:
         Args:
             derived: whether to include the tensors that can be derived from the base again.
         """
-        state = {}
-        for entry, site in self._each():
-            stored = {k: whole(v.detach()) for k, v in entry.stored(self._modules[site.path]).items()}
-            for tensor, value in entry.variant.state_dict(site, stored).items():
-                if derived or tensor not in entry.specs or not entry.specs[tensor].derived:
-                    state[f"{site.path}.{tensor}"] = value
-        return state
+        state: dict[str, Tensor] = {}
+        for entry, site, t in self._each():
+            saved = entry.variant.state_dict(site, {name: whole(value.detach()) for name, value in t.items()})
+            state |= {f"{site.path}.{name}": value for name, value in saved.items()}
+        left_out = {} if derived else self._derived()
+        return {key: value for key, value in state.items() if key not in left_out}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a full `state_dict` into the attached tensors, strictly: all of it or nothing.
@@ -304,11 +271,12 @@ class Adapter:
         Raises:
             AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
         """
-        values = unpack(self._placements(), tensors)
+        entries = self._attached().entries
+        values = unpack([Placement(e.spot, self._modules[path], e.variant, e.specs) for path, e in entries.items()], tensors)
         with torch.no_grad():
-            for entry, site in self._each():
-                for tensor, target in entry.stored(self._modules[site.path]).items():
-                    target.copy_(values[site.path][tensor])
+            for _, site, t in self._each():
+                for name, target in t.items():
+                    target.copy_(values[site.path][name])
 
     def save(self, path: str | os.PathLike[str], *, derived: bool = True) -> None:
         """Write the adapter to a safetensors file, atomically.
@@ -323,13 +291,28 @@ class Adapter:
         Raises:
             AdapterFileError: the path cannot be written, or `derived=False` and nothing was derived from the base alone.
         """
-        state = self.state_dict(derived)
-        if not derived and not self._derived():
+        state, left_out = self.state_dict(derived), {} if derived else self._derived()
+        if not derived and not left_out:
             raise AdapterFileError(
                 f"derived=False: {self.variant} has no tensor that can be derived from the base alone; save with derived=True"
             )
-        header = self._metadata(state, derived)
-        sharded = any(is_dtensor(t) for _, t in self._stored())
+        distinct = list(dict.fromkeys(self.sites.values()))
+        header = Metadata(
+            variant=self.variant.name,
+            variant_format=self.variant.format,
+            provider=" ".join(provider(type(self.variant))).strip(),
+            core=metadata.version("lora-lite-core"),
+            configurations=[variant.model_dump_json() for variant in distinct],
+            sites={path: distinct.index(variant) for path, variant in self.sites.items()},
+            seed=self.seed,
+            scale=self.scale,
+            dtypes=dtypes_of(state),
+            derived=derived,
+            uses_base=self._control.uses_base,
+            fingerprint=fingerprint({site.path: site for _, site, _ in self._each()}),
+            probes={key: probe(whole(value)) for key, value in left_out.items()},
+        )
+        sharded = any(is_dtensor(t) for _, _, t in self._tensors())
         if not sharded or torch.distributed.get_rank() == 0:
             fileformat.write(path, state, header)
 
@@ -339,57 +322,28 @@ class Adapter:
         Raises:
             AdapterError: detached already, or the model's parameters are sharded.
         """
-        self._attached()
-        assert self._root is not None
-        refuse_sharded(self._root)
-        remove(self._root, self._control)
-        self._root = None
-        self._modules = {}
+        control = self._attached()
+        refuse_wrapped(self._root)
+        remove(self._root, control)
+        self._root, self._modules = nn.Module(), {}
 
     # --- inside
 
     def _attached(self) -> Control:
-        registry = registry_of(self._root) if self._root is not None else None
-        if registry is None or registry.controls.get(self.name) is not self._control:
+        if not self._control.entries:
             raise AdapterError(f"adapter {self.name!r} ({self.variant}) is detached")
         return self._control
 
-    def _each(self) -> Iterator[tuple[Entry, Site]]:
+    def _each(self) -> Iterator[tuple[Entry, Site, dict[str, nn.Parameter]]]:
         for path, entry in self._attached().entries.items():
-            yield entry, Site(entry.spot, self._modules[path])
+            yield entry, Site(entry.spot, self._modules[path]), entry.stored(self._modules[path])
 
-    def _stored(self) -> Iterator[tuple[str, Tensor]]:
-        for entry, site in self._each():
-            for tensor, value in entry.stored(self._modules[site.path]).items():
-                yield f"{site.path}.{tensor}", value
+    def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:
+        for entry, site, t in self._each():
+            yield from ((f"{site.path}.{name}", spec, t[name]) for name, spec in entry.specs.items())
 
-    def _derived(self) -> dict[str, Tensor]:
-        names = {f"{s.path}.{tensor}" for e, s in self._each() for tensor, spec in e.specs.items() if spec.derived}
-        return {name: value for name, value in self._stored() if name in names}
-
-    def _placements(self) -> list[Placement]:
-        return [Placement(e.spot, self._modules[s.path], e.variant, e.specs) for e, s in self._each()]
-
-    def _metadata(self, state: Mapping[str, Tensor], derived: bool) -> Metadata:
-        sites = self.sites
-        distinct = list(dict.fromkeys(sites.values()))
-        distribution, version = provider(type(self.variant))
-        return Metadata(
-            format=fileformat.FORMAT,
-            variant=self.variant.name,
-            variant_format=self.variant.format,
-            provider=f"{distribution} {version}".strip(),
-            core=metadata.version("lora-lite-core"),
-            configurations=[variant.model_dump_json() for variant in distinct],
-            sites={path: distinct.index(variant) for path, variant in sites.items()},
-            seed=self.seed,
-            scale=self.scale,
-            dtypes=dtypes_of(state),
-            derived=derived,
-            uses_base=self._control.uses_base,
-            fingerprint=fingerprint({site.path: site for _, site in self._each()}),
-            probes={} if derived else {name: probe(whole(value)) for name, value in self._derived().items()},
-        )
+    def _derived(self) -> dict[str, nn.Parameter]:
+        return {key: parameter for key, spec, parameter in self._tensors() if spec.derived}
 
 
 def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mapping[str, Tensor]]) -> Sequence[Placement]:
@@ -405,7 +359,7 @@ def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mappin
         chosen.update(changed)
     if all(p.variant is chosen[p.spot.path] for p in placements):
         return placements
-    kept = [(p.spot, p.module, v) for p in placements if (v := chosen[p.spot.path]) is not None]
+    kept = [(p.spot.path, p.module, v) for p in placements if (v := chosen[p.spot.path]) is not None]
     if not kept:
         raise TargetError(f"{placements[0].variant} drops every one of its {len(placements)} sites")
     return place(kept)

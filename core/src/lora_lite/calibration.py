@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,63 +25,48 @@ def calibrate(model: nn.Module, placements: Sequence[Placement], batches: Iterab
     Raises:
         CalibrationError: data is missing or superfluous or empty, the model rejects a batch, or a site is never called.
     """
-    observers = {p.spot.path: o for p in placements if (o := p.variant.observe(p.site)) is not None}
-    if not observers:
-        if batches is not None:
-            names = sorted({p.variant.name for p in placements})
-            raise CalibrationError(f"{', '.join(names)} needs no calibration data with these fields; leave calibration= out")
+    observed = [(p, observer) for p in placements if (observer := p.variant.observe(p.site)) is not None]
+    if not observed and batches is not None:
+        names = ", ".join(sorted({p.variant.name for p in placements}))
+        raise CalibrationError(f"{names} needs no calibration data with these fields; leave calibration= out")
+    if not observed:
         return {}
+    expected = "an iterable of model inputs, such as a DataLoader"
     if batches is None:
-        examples = next(p.variant for p in placements if p.spot.path in observers)
-        raise CalibrationError(
-            f"{examples} needs calibration data: give calibration= an iterable of model inputs, such as a DataLoader"
-        )
+        raise CalibrationError(f"{observed[0][0].variant} needs calibration data: give calibration= {expected}")
     if isinstance(batches, Mapping | Tensor):
         raise CalibrationError("calibration= is one batch, not several; give calibration=[batch]")
     if not isinstance(batches, Iterable):
-        raise CalibrationError(f"calibration={batches!r}: expected an iterable of model inputs, such as a DataLoader")
-    watchers = [_Watcher(p, observers[p.spot.path]) for p in placements if p.spot.path in observers]
-    _stream(model, watchers, batches)
-    silent = [watcher.path for watcher in watchers if not watcher.calls]
-    if silent:
+        raise CalibrationError(f"calibration={batches!r}: expected {expected}")
+    calls = _stream(model, observed, batches)
+    if silent := [p.spot.path for p, _ in observed if not calls[p.spot.path]]:
         raise CalibrationError(f"these sites were never called during calibration:{bullets(silent)}")
-    return {watcher.path: watcher.observer.result() for watcher in watchers}
+    return {p.spot.path: observer.result() for p, observer in observed}
 
 
-class _Watcher:
-    """Feeds one site's observer from a forward hook."""
-
-    def __init__(self, placement: Placement, observer: Observer) -> None:
-        self.path = placement.spot.path
-        self.module = placement.module
-        self.observer = observer
-        self.calls = 0
-        self.mask: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        self.calls += 1
-        self.observer.update(self._rows(layer_input(args, kwargs)), self._rows(y))
-
-    def _rows(self, values: Tensor) -> Tensor:
-        rows = values.detach().reshape(-1, values.shape[-1])
-        if self.mask is not None and values.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):  # also as flat tokens
-            return rows[self.mask.reshape(-1)]
-        return rows
-
-
-def _stream(model: nn.Module, watchers: Sequence[_Watcher], batches: Iterable[Any]) -> None:
+def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], batches: Iterable[Any]) -> Counter[str]:
+    """How often each site was called."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    mask: Tensor | None = None
+    calls: Counter[str] = Counter()
     count = 0
+
+    def watch(path: str, observer: Observer) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            calls[path] += 1
+            observer.update(_rows(layer_input(args, kwargs), mask), _rows(y, mask))
+
+        return hook
+
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        for watcher in watchers:
-            handle = watcher.module.register_forward_hook(watcher, with_kwargs=True)
+        for p, observer in observed:
+            handle = p.module.register_forward_hook(watch(p.spot.path, observer), with_kwargs=True)
             stack.callback(handle.remove)
         for count, batch in enumerate(batches, start=1):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            for watcher in watchers:
-                watcher.mask = mask.to(device).bool() if isinstance(mask, Tensor) else None
+            given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = given.to(device).bool() if isinstance(given, Tensor) else None
             try:
                 call(model, batch, device)
             except Exception as error:
@@ -89,6 +75,14 @@ def _stream(model: nn.Module, watchers: Sequence[_Watcher], batches: Iterable[An
                 ) from error
     if not count:
         raise CalibrationError("calibration= is empty; give at least one batch (an iterator can be used only once)")
+    return calls
+
+
+def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(rows, features), without the rows that are padding; `mask` may be of a batch of sequences or of flat tokens."""
+    rows = values.detach().reshape(-1, values.shape[-1])
+    masked = mask is not None and values.shape[:-1] in (mask.shape, (mask.numel(),))
+    return rows[mask.reshape(-1)] if mask is not None and masked else rows
 
 
 def call(model: nn.Module, batch: Any, device: torch.device) -> Any:
@@ -99,9 +93,7 @@ def call(model: nn.Module, batch: Any, device: torch.device) -> Any:
 
     if isinstance(batch, Mapping):
         return model(**{key: move(value) for key, value in batch.items()})
-    if isinstance(batch, tuple | list):
-        return model(*map(move, batch))
-    return model(move(batch))
+    return model(*map(move, batch if isinstance(batch, tuple | list) else (batch,)))
 
 
 def describe(batch: Any) -> str:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lora_lite import fileformat
 from lora_lite.adapter import Adapter, adapter_of
-from lora_lite.errors import AdapterFileError, BaseMismatchError, TargetError, bullets, did_you_mean
+from lora_lite.errors import AdapterFileError, BaseMismatchError, bullets, did_you_mean
 from lora_lite.fileformat import Metadata
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import Control
-from lora_lite.plugins import kind_of, variant_class
+from lora_lite.plugins import variant_class
 from lora_lite.registry import install, refuse_unfit, refuse_wrapped
-from lora_lite.state import by_site, device_of, unpack
-from lora_lite.targets import Placement, named_modules, place, root_of, spot_at
+from lora_lite.state import by_site, own_copies, unpack
+from lora_lite.targets import Placement, named_modules, place, root_of
 from lora_lite.variant import Variant
 
 
@@ -66,110 +66,87 @@ def load(
     cls = variant or variant_class(header.variant)
     if cls.name != header.variant:
         raise AdapterFileError(f"{path} holds a {header.variant!r} adapter, and variant={cls.__qualname__} is {cls.name!r}")
-    configurations, tensors = _upgraded(path, cls, header, tensors)
+    variants, tensors = _upgraded(path, cls, header, tensors)
     root = root_of(model)
     refuse_wrapped(root)
-    placements = _placements(path, root, header, configurations)
+    placements = _placements(path, root, variants)
     refuse_unfit(root, placements, name)
     if check_base:
         _check_base(path, header, placements)
     if not header.derived:
         tensors = tensors | _derive(path, header, placements)
     values = unpack(placements, tensors, header.dtypes)
-    for placement in placements:
-        values[placement.spot.path] = _placed(placement, values[placement.spot.path], dtype)
-    control = Control(name, configurations[0], header.seed, header.scale)
-    control.uses_base = header.uses_base
+    for p in placements:
+        dtypes = {tensor: dtype if spec.trainable and not spec.dtype else None for tensor, spec in p.specs.items()}
+        values[p.spot.path] = own_copies(p, values[p.spot.path], dtypes)
+    control = Control(name, next(iter(variants.values())), header.seed, header.scale, header.uses_base)
     install(root, control, placements, values)
     return Adapter(root, control)
 
 
 def _upgraded(
     path: str | os.PathLike[str], cls: type[Variant], header: Metadata, tensors: dict[str, Tensor]
-) -> tuple[list[Variant], dict[str, Tensor]]:
-    """The file's variants, and its tensors, in the format of the installed class."""
+) -> tuple[dict[str, Variant], dict[str, Tensor]]:
+    """The variant of each site, and the file's tensors, in the format of the installed class."""
     if header.variant_format > cls.format:
         raise AdapterFileError(
             f"{path} has format {header.variant_format} of variant {cls.name!r}, written by {header.provider}; the installed "
             f"one reads up to {cls.format}. Upgrade its distribution"
         )
-    texts = header.configurations
-    if not texts or not all(0 <= index < len(texts) for index in header.sites.values()):
-        raise AdapterFileError(f"{path} has damaged metadata: a site refers to a configuration that is not there")
+    texts = {site: header.configurations[index] for site, index in header.sites.items()}
     try:
         if header.variant_format == cls.format:
-            return [cls.model_validate_json(text) for text in texts], tensors
-        return _run_upgrade(cls, header, tensors)
+            made = {text: cls.model_validate_json(text) for text in set(texts.values())}
+            return {site: made[text] for site, text in texts.items()}, tensors
+        variants: dict[str, Variant] = {}
+        upgraded: dict[str, Tensor] = {}
+        old, _ = by_site(tensors, texts)
+        for site, text in texts.items():
+            fields, new = cls.upgrade(json.loads(text), old[site], header.variant_format)
+            variants[site] = cls.model_validate_json(json.dumps(fields))
+            upgraded |= {f"{site}.{name}": tensor for name, tensor in new.items()}
+        return variants, upgraded
     except ValidationError as error:
         raise AdapterFileError(f"{path} has fields that variant {cls.name!r} refuses: {error}") from None
 
 
-def _run_upgrade(cls: type[Variant], header: Metadata, tensors: dict[str, Tensor]) -> tuple[list[Variant], dict[str, Tensor]]:
-    variants: list[Variant | None] = [None] * len(header.configurations)
-    old, upgraded = by_site(tensors, header.sites)
-    for site, index in header.sites.items():
-        fields, new = cls.upgrade(json.loads(header.configurations[index]), old[site], header.variant_format)
-        variants[index] = cls.model_validate_json(json.dumps(fields))
-        upgraded |= {f"{site}.{name}": tensor for name, tensor in new.items()}
-    return [v for v in variants if v is not None], upgraded
-
-
-def _placements(
-    path: str | os.PathLike[str], root: nn.Module, header: Metadata, configurations: list[Variant]
-) -> tuple[Placement, ...]:
+def _placements(path: str | os.PathLike[str], root: nn.Module, variants: Mapping[str, Variant]) -> tuple[Placement, ...]:
     modules = dict(named_modules(root))
-    missing = [f"{site}{did_you_mean(site, modules)}" for site in header.sites if site not in modules]
+    missing = [f"{site}{did_you_mean(site, modules)}" for site in variants if site not in modules]
     if missing:
         raise AdapterFileError(
-            f"{path} adapts {len(header.sites)} layers, {len(missing)} of which {type(root).__name__} does not have; "
+            f"{path} adapts {len(variants)} layers, {len(missing)} of which {type(root).__name__} does not have; "
             f"nothing was changed:{bullets(missing)}"
         )
-    choices = []
-    for site, index in header.sites.items():
-        kind = kind_of(modules[site])
-        if kind is None:
-            raise TargetError(f"{site} is a {type(modules[site]).__name__}, which no installed layer kind can read")
-        choices.append((spot_at(site, modules[site], kind), modules[site], configurations[index]))
-    return place(choices)
+    return place((site, modules[site], variant) for site, variant in variants.items())
 
 
 def _check_base(path: str | os.PathLike[str], header: Metadata, placements: tuple[Placement, ...]) -> None:
     other = changed(header.fingerprint, {p.spot.path: p.site for p in placements})
-    if not other:
-        return
     told = (
         f"{path} was made on a base with other weights: {len(other)} of {len(placements)} sites differ by more than rounding "
         f"to bfloat16:{bullets(other, limit=3)}\n"
     )
-    if header.uses_base:
+    if other and header.uses_base:
         raise BaseMismatchError(
             f"{told}Its tensors were computed from those weights, so the model would compute something else. Load that base, "
             "or give check_base=False"
         )
-    warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
+    if other:
+        warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
 
 
 def _derive(path: str | os.PathLike[str], header: Metadata, placements: tuple[Placement, ...]) -> dict[str, Tensor]:
     """The tensors that were left out, derived again and verified."""
-    derived, wrong = {}, []
-    for placement in placements:
-        for name, value in placement.variant.derive(placement.site).items():
-            key = f"{placement.spot.path}.{name}"
-            stored = value.detach().to(placement.specs[name].dtype or placement.site.dtype)
-            derived[key] = stored
-            if key not in header.probes or not probe_agrees(stored, header.probes[key]):
-                wrong.append(key)
+    derived = {
+        f"{p.spot.path}.{name}": value.detach().to(p.specs[name].dtype or p.site.dtype)
+        for p in placements
+        for name, value in p.variant.derive(p.site).items()
+    }
+    wrong = [key for key, value in derived.items() if key not in header.probes or not probe_agrees(value, header.probes[key])]
     if wrong:
         raise BaseMismatchError(
             f"{path} was saved without derived tensors, and {len(wrong)} of them come out differently on this base (or with "
             f"this version of torch or the plugin); load a file saved with derived=True:{bullets(wrong, limit=3)}"
         )
     return derived
-
-
-def _placed(placement: Placement, values: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    device = device_of(placement.module)
-    wanted = {name: dtype if spec.trainable and not spec.dtype else None for name, spec in placement.specs.items()}
-    return {
-        name: values[name].detach().to(device=device, dtype=wanted[name], copy=True).contiguous() for name in placement.specs
-    }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lora_lite.adapter import Adapter, adapters
+from lora_lite.adapter import adapters
 from lora_lite.calibration import call, describe
 from lora_lite.errors import AdapterError, CheckError, bullets
-from lora_lite.registry import adapted_root
 
 
 @dataclass(frozen=True)
@@ -54,54 +55,50 @@ def check(model: nn.Module, batch: Any) -> Report:
     if not found:
         raise AdapterError("check: the model has no adapter; attach or load one first")
     parameters = {f"{a.name}: {n}": p for a in found.values() for n, p in a.named_parameters() if p.requires_grad}
-    modules = {path: m for a in found.values() for path, m in a._modules.items()}
+    modules = {path: module for a in found.values() for path, module in a._modules.items()}
     if not parameters:
         raise CheckError("no adapter parameter requires a gradient; was requires_grad_(False) called on the whole model?")
-    calls: dict[str, int] = dict.fromkeys(modules, 0)
+    calls: Counter[str] = Counter()
     with ExitStack() as stack:
         stack.enter_context(_restored(model, list(parameters.values())))
         for path, module in modules.items():
-            stack.callback(module.register_forward_hook(_Counter(calls, path)).remove)
+            stack.callback(module.register_forward_hook(lambda *_, path=path: calls.update((path,))).remove)
         _perturb(parameters.values())
         loss = _loss(call(model, batch, next(model.parameters()).device), batch)
-        wrong = _backward(loss, model)
-        gradients = {name: p.grad for name, p in parameters.items()}
-        wrong += _complaints(model, found, calls, gradients) if not wrong else []
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+            wrong = [f"adapter {a.name!r} is disabled or has scale 0" for a in found.values() if not a.active]
+            wrong += [f"{path}: the layer was never called, so its hooks never fired" for path in modules if not calls[path]]
+            wrong += _bad_gradients(parameters, model)
+        elif torch.is_grad_enabled():
+            wrong = ["the loss does not depend on any adapter parameter", *_checkpointing(model)]
+        else:
+            wrong = ["gradients are off (torch.no_grad or inference_mode around check)"]
     if wrong:
         raise CheckError(f"{len(wrong)} things are wrong:{bullets(wrong)}")
     return Report(tuple(found), len(modules), len(parameters))
-
-
-class _Counter:
-    def __init__(self, calls: dict[str, int], path: str) -> None:
-        self.calls, self.path = calls, path
-
-    def __call__(self, *_: Any) -> None:
-        self.calls[self.path] += 1
 
 
 @contextmanager
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     """Parameters, buffers, gradients and random state as they were before."""
     values = [p.detach().clone() for p in trained]
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = {p: p.grad for p in model.parameters()}
-    for p in model.parameters():
-        p.grad = None
+    model.zero_grad(set_to_none=True)
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        now = [*trained, *model.buffers()]
         with torch.no_grad():
-            for p, value in zip(trained, values, strict=True):
-                p.copy_(value)
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for tensor, value in zip(now, [*values, *(buffers[name] for name, _ in model.named_buffers())], strict=True):
+                tensor.copy_(value)
         for p, gradient in gradients.items():
             p.grad = gradient
 
 
-def _perturb(parameters: Any) -> None:
+def _perturb(parameters: Iterable[nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in parameters:
@@ -112,41 +109,18 @@ def _loss(output: Any, batch: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss
-    for value in _tensors(output):
-        if value.is_floating_point():
+    for value in tree_leaves(output):
+        if isinstance(value, Tensor) and value.is_floating_point():
             return value.float().square().mean()
     raise CheckError(f"the model gives no floating-point tensor for this batch ({describe(batch)})")
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from _tensors(value)
-
-
-def _backward(loss: Tensor, model: nn.Module) -> list[str]:
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
-        return []
-    if not torch.is_grad_enabled():
-        return ["gradients are off (torch.no_grad or inference_mode around check)"]
-    return ["the loss does not depend on any adapter parameter", *_checkpointing(model)]
-
-
-def _complaints(
-    model: nn.Module, found: dict[str, Adapter], calls: dict[str, int], gradients: dict[str, Tensor | None]
-) -> list[str]:
-    off = [f"adapter {a.name!r} is disabled or has scale 0" for a in found.values() if not a.active]
-    silent = [f"{path}: the layer was never called, so its hooks never fired" for path, n in calls.items() if not n]
+def _bad_gradients(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
+    gradients = {name: p.grad for name, p in parameters.items()}
     missing = [f"{name}: no gradient" for name, g in gradients.items() if g is None]
     broken = [f"{name}: the gradient is not finite" for name, g in gradients.items() if g is not None and not _finite(g)]
     zero = [f"{name}: the gradient is zero" for name, g in gradients.items() if g is not None and not g.any()]
-    return (_checkpointing(model) if missing else []) + off + silent + missing + broken + zero
+    return (_checkpointing(model) if missing else []) + missing + broken + zero
 
 
 def _finite(gradient: Tensor) -> bool:
@@ -154,8 +128,7 @@ def _finite(gradient: Tensor) -> bool:
 
 
 def _checkpointing(model: nn.Module) -> list[str]:
-    root = adapted_root(model) or model
-    if not any(getattr(module, "gradient_checkpointing", False) for module in root.modules()):
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return []
     told = (
         "gradient checkpointing is on: in its reentrant form it drops the gradients of a block whose input needs none. Turn it "

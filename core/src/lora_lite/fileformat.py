@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Metadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
-    format: int
+    format: int = FORMAT
     variant: str
     variant_format: int
     provider: str
@@ -59,12 +59,13 @@ class Metadata(BaseModel):
     fingerprint: dict[str, str]
     probes: dict[str, Annotated[list[float], Field(min_length=PROBES, max_length=PROBES)]]
 
-    @field_validator("fingerprint")
-    @classmethod
-    def _is_base64(cls, fingerprint: dict[str, str]) -> dict[str, str]:
-        for text in fingerprint.values():
+    @model_validator(mode="after")
+    def _consistent(self) -> Metadata:
+        if not self.sites or not all(0 <= index < len(self.configurations) for index in self.sites.values()):
+            raise ValueError("a site refers to a configuration that is not there, or no site is named")
+        for text in self.fingerprint.values():
             base64.b64decode(text, validate=True)
-        return fingerprint
+        return self
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
@@ -74,21 +75,27 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
         AdapterFileError: the path cannot be written; a file that was there before is untouched.
     """
     target = Path(path)
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(contents, {KEY: metadata.model_dump_json()})
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(save(contents, {KEY: metadata.model_dump_json()}))
+        _sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except OSError as error:
         raise AdapterFileError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
-    _sync_directory(target.parent)
+    with suppress(OSError):  # so that the rename survives a power cut, where the system can: the file is in place already
+        _sync(target.parent, os.O_RDONLY)
+
+
+def _sync(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, Tensor]]:
@@ -118,13 +125,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Metadata]]:
     """The open file and its validated metadata; what goes wrong while reading is an `AdapterFileError`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            yield file, parse_metadata(path, file.metadata() or {})
+            yield file, _parsed(path, file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def parse_metadata(path: str | os.PathLike[str], raw: Mapping[str, str]) -> Metadata:
-    """The validated metadata of a file's header."""
+def _parsed(path: str | os.PathLike[str], raw: Mapping[str, str]) -> Metadata:
     if KEY not in raw:
         raise AdapterFileError(f"{path} is not an adapter of lora-lite: its metadata has no {KEY!r}")
     try:
@@ -151,13 +157,3 @@ def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
-
-
-def _sync_directory(directory: Path) -> None:
-    """So that the rename survives a power cut, where the system can: the file is in place already."""
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -8,7 +8,6 @@ a call, so a model with adapters can be copied, pickled, compiled, checkpointed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,14 +24,9 @@ from lora_lite.variant import Site, Variant
 class Control:
     """What all sites of one adapter share, and what `Adapter` turns: its scale, and whether it is on or frozen."""
 
-    def __init__(self, name: str, variant: Variant, seed: int, scale: float = 1.0) -> None:
-        self.name = name
-        self.variant = variant
-        self.seed = seed
-        self.scale = scale
-        self.enabled = True
-        self.frozen = False
-        self.uses_base = False
+    def __init__(self, name: str, variant: Variant, seed: int, scale: float = 1.0, uses_base: bool = False) -> None:
+        self.name, self.variant, self.seed, self.scale, self.uses_base = name, variant, seed, scale, uses_base
+        self.enabled, self.frozen = True, False
         self.entries: dict[str, Entry] = {}
 
 
@@ -41,51 +35,47 @@ class Entry:
 
     def __init__(self, control: Control, placement: Placement) -> None:
         cls = type(placement.variant)
-        self.control = control
-        self.spot = placement.spot
-        self.variant = placement.variant
+        self.control, self.spot, self.variant = control, placement.spot, placement.variant
         self.specs = dict(placement.specs)
-        self.attributes = {name: attribute(control.name, name) for name in placement.specs}
-        self.reads = tuple((n, self.attributes[n], spec.compute == "float32") for n, spec in self.specs.items())
+        self.attributes = {name: attribute(control.name, name) for name in self.specs}
         self.prepares = cls.prepare is not Variant.prepare
         self.has_input_delta = cls.delta_input is not Variant.delta_input
         self.has_output_delta = cls.delta_output is not Variant.delta_output
         self.prepared: dict[tuple[torch.dtype, float], dict[str, Tensor]] = {}
 
-    def stored(self, module: nn.Module) -> dict[str, Tensor]:
+    def stored(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The tensors as they are stored on the layer."""
         return {name: getattr(module, key) for name, key in self.attributes.items()}
 
-    def input_delta(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The factor s times Δx."""
-        return self._delta(module, x, lambda site, t, extra: self.variant.delta_input(site, t, x, **extra))
-
-    def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The factor s times Δy."""
-        return self._delta(module, y, lambda site, t, extra: self.variant.delta_output(site, t, x, y, **extra))
-
-    def _delta(self, module: nn.Module, like: Tensor, delta_of: Callable[..., Tensor]) -> Tensor:
-        scale = self.control.scale
+    def delta(self, module: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The factor s times Δy for the output y, or times Δx without one."""
+        like, scale = x if y is None else y, self.control.scale
         extra = {"scale": scale} if self.variant.takes_scale else {}
-        site = Site(self.spot, module)
-        t = self._read(module, like)
+        site, t = Site(self.spot, module), self._read(module, like)
         if self.prepares:
             t.update(self._prepare(site, t, like.dtype, extra))
-        delta = self._checked(delta_of(site, t, extra), like)
+        variant = self.variant
+        delta = variant.delta_input(site, t, x, **extra) if y is None else variant.delta_output(site, t, x, y, **extra)
+        if delta.shape == like.shape and delta.dtype != like.dtype and torch.is_autocast_enabled(like.device.type):
+            delta = delta.to(like.dtype)
+        if delta.shape != like.shape or delta.dtype != like.dtype:
+            raise VariantContractError(
+                f"variant {variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}; "
+                "a delta has the shape and dtype of what it is added to"
+            )
         return delta if extra or scale == 1.0 else delta * scale
 
     def _read(self, module: nn.Module, like: Tensor) -> dict[str, Tensor]:
-        at_least_float32 = torch.promote_types(like.dtype, torch.float32)
-        t = {}
-        for name, key, precise in self.reads:
-            value = getattr(module, key)
+        dtypes = {"activation": like.dtype, "float32": torch.promote_types(like.dtype, torch.float32)}
+        t: dict[str, Tensor] = {}
+        for name, value in self.stored(module).items():
             if value.device != like.device:
                 raise AdapterError(
-                    f"adapter {self.control.name!r}: tensor {key!r} is on {value.device}, the activation on {like.device}; "
-                    "attach or load after the model is where it shall stay, or move both with model.to(device)"
+                    f"adapter {self.control.name!r}: tensor {self.attributes[name]!r} is on {value.device}, the activation on "
+                    f"{like.device}; attach or load after the model is where it shall stay, or move both with model.to(device)"
                 )
-            floating = value.is_floating_point()  # an index stays what it is
-            t[name] = value.to(at_least_float32 if precise else like.dtype) if floating else value
+            # An index stays what it is.
+            t[name] = value.to(dtypes[self.specs[name].compute]) if value.is_floating_point() else value
         return t
 
     def _prepare(self, site: Site, t: dict[str, Tensor], dtype: torch.dtype, extra: dict[str, float]) -> dict[str, Tensor]:
@@ -95,21 +85,10 @@ class Entry:
         if reuse and key in self.prepared:
             return self.prepared[key]
         prepared = self.variant.prepare(site, t, **extra)
-        for name in self.variant.detached:
-            prepared[name] = prepared[name].detach()
+        prepared |= {name: prepared[name].detach() for name in self.variant.detached}
         if reuse:
             self.prepared[key] = prepared
         return prepared
-
-    def _checked(self, delta: Tensor, like: Tensor) -> Tensor:
-        if delta.shape == like.shape and delta.dtype == like.dtype:
-            return delta
-        if delta.shape == like.shape and torch.is_autocast_enabled(like.device.type):
-            return delta.to(like.dtype)
-        raise VariantContractError(
-            f"variant {self.variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}; "
-            "a delta has the shape and dtype of what it is added to"
-        )
 
 
 class SiteHooks:
@@ -117,41 +96,30 @@ class SiteHooks:
     depend on the order of attachment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.entries: tuple[Entry, ...] = ()
-        self.handles: list[RemovableHandle] = []
-
-    def add(self, entry: Entry) -> None:
-        self.entries = tuple(sorted((*self.entries, entry), key=lambda e: e.control.name))
-
-    def drop(self, entry: Entry) -> None:
-        self.entries = tuple(e for e in self.entries if e is not entry)
-
-    def register(self, module: nn.Module) -> None:
-        """Hook the layer. Ahead of the hooks that are there, so that users' own hooks see the adapted y."""
-        self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
-        self.handles.append(module.register_forward_hook(self.after, with_kwargs=True, prepend=True))
-
-    def unregister(self) -> None:
-        while self.handles:
-            self.handles.pop().remove()
+        # Ahead of the hooks that are there, so that users' own hooks see the adapted y.
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, prepend=True),
+        ]
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        x = layer_input(args, kwargs)
-        live = [e for e in self.entries if e.has_input_delta and e.control.enabled]
+        live = [entry for entry in self.entries if entry.has_input_delta and entry.control.enabled]
         if not live:
             return None
-        x = x + _sum(e.input_delta(module, x) for e in live)
+        x = layer_input(args, kwargs)
+        x = x + _sum([entry.delta(module, x) for entry in live])
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        live = [e for e in self.entries if e.has_output_delta and e.control.enabled]
+        live = [entry for entry in self.entries if entry.has_output_delta and entry.control.enabled]
         if not live:
             return None
         x = layer_input(args, kwargs)
-        return y + _sum(e.output_delta(module, x, y) for e in live)
+        return y + _sum([entry.delta(module, x, y) for entry in live])
 
 
 def attribute(adapter: str, tensor: str) -> str:
@@ -161,14 +129,11 @@ def attribute(adapter: str, tensor: str) -> str:
 
 def hooks_of(module: nn.Module) -> SiteHooks | None:
     """The adapter hooks on a layer, if it has any."""
-    for hook in module._forward_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, SiteHooks):
-            return owner
-    return None
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, SiteHooks)), None)
 
 
-def _sum(deltas: Iterable[Tensor]) -> Tensor:
+def _sum(deltas: list[Tensor]) -> Tensor:
     first, *rest = deltas
     for delta in rest:
         first = first + delta

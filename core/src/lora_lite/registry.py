@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,14 +19,12 @@ class Registry:
 
     Attributes:
         controls: the attached adapters by name.
-        hooks: the hooked layers by path.
         trainable: names of the base parameters that required a gradient before the first adapter came.
     """
 
-    def __init__(self, trainable: frozenset[str]) -> None:
+    def __init__(self, root: nn.Module) -> None:
         self.controls: dict[str, Control] = {}
-        self.hooks: dict[str, SiteHooks] = {}
-        self.trainable = trainable
+        self.trainable = frozenset(name for name, p in _named_parameters(root) if p.requires_grad)
 
 
 def registry_of(root: nn.Module) -> Registry | None:
@@ -35,103 +33,115 @@ def registry_of(root: nn.Module) -> Registry | None:
     return found
 
 
-def adapted_root(model: nn.Module) -> nn.Module | None:
-    """The module inside `model` (or `model` itself) through which adapters were attached, if any were.
+def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
+    """The module inside `model` (or `model` itself) through which adapters were attached, and these; without any, the
+    module itself.
 
     Raises:
         AdapterError: `model` is only a part of the module through which they were attached, or holds two such modules.
     """
     root = root_of(model)
-    found = [module for module in root.modules() if registry_of(module) is not None]
+    found = [(module, registry.controls) for module in root.modules() if (registry := registry_of(module))]
     if len(found) > 1:
-        names = ", ".join(type(module).__name__ for module in found)
+        names = ", ".join(type(module).__name__ for module, _ in found)
         raise AdapterError(
             f"adapters were attached through {len(found)} modules of this model ({names}); "
             "detach all but one of them, each through the module it was attached through"
         )
-    if found:
-        return found[0]
-    if any(hooks_of(module) for module in root.modules()):
+    if not found and any(hooks_of(module) for module in root.modules()):
         raise AdapterError(
             f"this {type(root).__name__} is a part of a larger model through which its adapters were attached; "
             "use that larger model here"
         )
-    return None
+    return found[0] if found else (root, {})
+
+
+def refuse_wrapped(root: nn.Module) -> None:
+    """Raises `AdapterError` for a model that DDP or FSDP2 has prepared already: it would not reduce new gradients."""
+    wrapped = isinstance(root, nn.parallel.DistributedDataParallel)
+    if wrapped or any(is_dtensor(p) for p in root.parameters()):
+        what = "is wrapped in DistributedDataParallel" if wrapped else "has sharded parameters (DTensor)"
+        raise AdapterError(
+            f"the model {what}: attach, load and detach on the module itself before it is wrapped or fully_shard() is called, "
+            "or gradients of the adapter would silently not be reduced"
+        )
 
 
 def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> None:
     """Everything about the model that forbids to attach, before anything is changed.
 
     Raises:
-        AdapterError: a bad or used name, another root, a sharded, meta or offloaded base, an attribute in the way.
+        AdapterError: a bad or used name, another root, a meta or offloaded base, an attribute in the way.
     """
     if not name.isidentifier():
         raise AdapterError(f"name={name!r}: an adapter's name is made of letters, digits and underscores")
-    found = adapted_root(root)
-    registry = registry_of(found) if found is not None else None
-    if found is not None and found is not root:
+    found, controls = adapted_root(root)
+    if found is not root:
         raise AdapterError(
             f"adapters were attached through a part of this model ({type(found).__name__}); attach this one through the same "
             "part, or detach those first"
         )
-    if registry and name in registry.controls:
+    if name in controls:
         raise AdapterError(
             f"an adapter named {name!r} is attached already; detach it, or give this one another name= "
-            f"(in use: {', '.join(sorted(registry.controls))})"
+            f"(in use: {', '.join(sorted(controls))})"
         )
     for placement in placements:
-        _refuse_layer(placement, name)
-
-
-def refuse_wrapped(root: nn.Module) -> None:
-    """Raises `AdapterError` for a model that DDP or FSDP2 has prepared already: it would not reduce new gradients."""
-    if isinstance(root, nn.parallel.DistributedDataParallel):
-        raise AdapterError(
-            "the model is wrapped in DistributedDataParallel: attach or load on the module itself, before it is wrapped, or "
-            "gradients of the adapter would silently not be reduced"
-        )
-    refuse_sharded(root)
-
-
-def refuse_sharded(root: nn.Module) -> None:
-    """Raises `AdapterError` for a model whose parameters are sharded already."""
-    if any(is_dtensor(p) for p in root.parameters()):
-        raise AdapterError(
-            "the model's parameters are sharded (DTensor): attach, load and detach before fully_shard(), or gradients of the "
-            "adapter would silently not be reduced"
-        )
+        path, module = placement.spot.path, placement.module
+        if any(p.device.type == "meta" for p in module.parameters()):
+            raise AdapterError(
+                f"{path} is on the meta device (offloaded, or not loaded yet): an adapter there would silently do nothing. "
+                "Load the weights onto a real device first; plan() works on meta"
+            )
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise AdapterError(f"{path} is offloaded by accelerate; load the model without offloading this layer")
+        if taken := [key for tensor in placement.specs if hasattr(module, key := attribute(name, tensor))]:
+            raise AdapterError(f"{path} has an attribute {taken[0]!r} already; give the adapter another name=")
 
 
 def install(
     root: nn.Module, control: Control, placements: Sequence[Placement], values: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Register tensors and hooks, freeze the base. All or nothing."""
-    registry = registry_of(root) or _start(root)
+    registry = registry_of(root)
+    if registry is None:
+        root.__dict__[KEY] = registry = Registry(root)
+        root.requires_grad_(False)
     registry.controls[control.name] = control
     try:
         for placement in placements:
-            _install_site(registry, Entry(control, placement), placement.module, values[placement.spot.path])
+            _install_site(Entry(control, placement), placement.module, values[placement.spot.path])
     except BaseException:
         remove(root, control)
         raise
 
 
+def _install_site(entry: Entry, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    entry.control.entries[entry.spot.path] = entry
+    hooks = hooks_of(module)
+    if hooks is None:
+        entry.spot.kind.enter(module)
+        hooks = SiteHooks(module)
+    for name, spec in entry.specs.items():
+        module.register_parameter(entry.attributes[name], nn.Parameter(values[name], requires_grad=spec.trainable))
+    hooks.entries = tuple(sorted((*hooks.entries, entry), key=lambda e: e.control.name))
+
+
 def remove(root: nn.Module, control: Control) -> None:
     """Take one adapter off; the last one to leave restores the base's `requires_grad` and removes every trace."""
-    registry = registry_of(root)
+    registry, modules = registry_of(root), dict(named_modules(root))
     assert registry is not None
-    modules = dict(named_modules(root))
     for path, entry in control.entries.items():
         module = modules[path]
         for key in entry.attributes.values():
-            if key in module._parameters:
-                delattr(module, key)
-        hooks = registry.hooks[path]
-        hooks.drop(entry)
-        if not hooks.entries:
-            hooks.unregister()
-            del registry.hooks[path]
-            entry.spot.kind.exit(module)
+            module._parameters.pop(key, None)
+        hooks = hooks_of(module)
+        if hooks is not None:
+            hooks.entries = tuple(other for other in hooks.entries if other is not entry)
+            if not hooks.entries:
+                for handle in hooks.handles:
+                    handle.remove()
+                entry.spot.kind.exit(module)
     control.entries = {}
     del registry.controls[control.name]
     if not registry.controls:
@@ -140,44 +150,11 @@ def remove(root: nn.Module, control: Control) -> None:
         del root.__dict__[KEY]
 
 
-def _start(root: nn.Module) -> Registry:
-    registry = Registry(frozenset(name for name, p in _named_parameters(root) if p.requires_grad))
-    for parameter in root.parameters():
-        parameter.requires_grad_(False)
-    root.__dict__[KEY] = registry
-    return registry
-
-
-def _install_site(registry: Registry, entry: Entry, module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    path = entry.spot.path
-    if path not in registry.hooks:
-        entry.spot.kind.enter(module)
-        registry.hooks[path] = SiteHooks()
-        registry.hooks[path].register(module)
-    entry.control.entries[path] = entry
-    for name, spec in entry.specs.items():
-        module.register_parameter(entry.attributes[name], nn.Parameter(values[name], requires_grad=spec.trainable))
-    registry.hooks[path].add(entry)
-
-
-def _refuse_layer(placement: Placement, name: str) -> None:
-    path, module = placement.spot.path, placement.module
-    if any(p.device.type == "meta" for p in module.parameters()):
-        raise AdapterError(
-            f"{path} is on the meta device (offloaded, or not loaded yet): an adapter there would silently do nothing. Load "
-            "the weights onto a real device first; plan() works on meta"
-        )
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
-        raise AdapterError(f"{path} is offloaded by accelerate; load the model without offloading this layer")
-    taken = [key for tensor in placement.specs if hasattr(module, key := attribute(name, tensor))]
-    if taken:
-        raise AdapterError(f"{path} has an attribute {taken[0]!r} already; give the adapter another name=")
-
-
-def _named_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _named_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, under the path of its first module, without the names that wrappers add."""
-    seen: dict[nn.Parameter, str] = {}
+    seen: set[nn.Parameter] = set()
     for path, module in named_modules(root):
         for name, parameter in module.named_parameters(recurse=False):
-            seen.setdefault(parameter, f"{path}.{name}")
-    return [(name, parameter) for parameter, name in seen.items()]
+            if parameter not in seen:
+                seen.add(parameter)
+                yield f"{path}.{name}", parameter

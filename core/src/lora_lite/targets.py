@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.errors import AdapterError, LayerKindError, MisfitError, SiteError, TargetError, bullets, did_you_mean
-from lora_lite.layers import LayerKind, looks_linear
+from lora_lite.layers import looks_linear
 from lora_lite.plugins import kind_of, make_variant, validated
 from lora_lite.variant import Site, Spot, TensorSpec, Variant
 
@@ -74,17 +74,15 @@ class Plan:
         return sum(p.variant.macs_per_forward(p.site) for p in self.placements)
 
     def __str__(self) -> str:
-        width = max(len("total"), *(len(p.spot.path) for p in self.placements))
-        row = f"{{:<{width}}}  {{:>14}}  {{:>14}}  {{:>14}}  {{:>16}}"
-        lines = [str(self.variant), row.format("site", "d_in -> d_out", "parameters", "MACs/token", "MACs/forward")]
+        rows: list[tuple[str, ...]] = [("site", "d_in -> d_out", "parameters", "MACs/token", "MACs/forward")]
         for p in self.placements:
-            site = p.site
-            macs = p.variant.macs_per_token(site), p.variant.macs_per_forward(site)
-            shape = f"{site.d_in} -> {site.d_out}"
-            lines.append(row.format(site.path, shape, f"{p.parameters:,}", f"{macs[0]:,}", f"{macs[1]:,}"))
-        total = f"{self.parameters:,}", f"{self.macs_per_token:,}", f"{self.macs_per_forward:,}"
-        lines.append(row.format("total", f"{len(self.placements)} sites", *total))
-        return "\n".join(lines + [f"out of reach: {text}" for text in self.unreachable])
+            macs = p.variant.macs_per_token(p.site), p.variant.macs_per_forward(p.site)
+            rows.append((p.spot.path, f"{p.spot.d_in} -> {p.spot.d_out}", *(f"{n:,}" for n in (p.parameters, *macs))))
+        totals = self.parameters, self.macs_per_token, self.macs_per_forward
+        rows.append(("total", f"{len(self.placements)} sites", *(f"{n:,}" for n in totals)))
+        width = max(len(path) for path, *_ in rows)
+        lines = [f"{row[0]:<{width}}  {row[1]:>14}  {row[2]:>14}  {row[3]:>14}  {row[4]:>16}" for row in rows]
+        return "\n".join([str(self.variant), *lines, *(f"out of reach: {text}" for text in self.unreachable)])
 
 
 def plan(
@@ -119,42 +117,51 @@ def plan(
     chosen = make_variant(variant, fields)
     root = root_of(model)
     found = find_layers(root)
-    selected = _select(root, found, chosen, targets, exclude, layers)
-    variants = _override(chosen, selected, overrides)
-    placements = place([(_spot(layer), layer.module, v) for layer, v in zip(selected, variants, strict=True)])
-    return Plan(chosen, placements, tuple(_unreachable(root, found)))
+    selected = _select(root, found, chosen.default_targets or None if targets is None else targets, exclude, layers)
+    return Plan(chosen, place(_overridden(chosen, selected, overrides)), tuple(_unreachable(root, found)))
 
 
-def place(choices: Iterable[tuple[Spot, nn.Module, Variant]]) -> tuple[Placement, ...]:
-    """Ask every variant for its tensors.
+def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement, ...]:
+    """Ask every layer's kind for its shapes, and every variant for its tensors there.
 
     Raises:
+        LayerKindError: no installed kind can read some layers; all of them are listed.
         MisfitError: all misfits together.
     """
-    placements, misfits = [], []
-    for spot, module, variant in choices:
-        try:
-            specs = variant.tensors(Site(spot, module))
-        except SiteError as error:
-            misfits.append(f"{spot.path} ({spot.d_in} -> {spot.d_out}): {variant.name}: {error}")
+    placements, misfits, unknown = [], [], []
+    for path, module, variant in choices:
+        kind = kind_of(module)
+        if kind is None:
+            unknown.append(f"{path}: {type(module).__module__}.{type(module).__qualname__}")
             continue
-        placements.append(Placement(spot, module, variant, specs))
+        d_in, d_out = kind.shape(module)
+        spot = Spot(path, kind, d_in, d_out, kind.bias(module) is not None)
+        try:
+            placements.append(Placement(spot, module, variant, variant.tensors(Site(spot, module))))
+        except SiteError as error:
+            misfits.append(f"{path} ({d_in} -> {d_out}): {variant.name}: {error}")
+    if unknown:
+        raise LayerKindError(
+            "these layers look linear, but no installed layer kind can read them. Install the plugin that teaches their kind, "
+            "write one (a lora_lite.LayerKind in the entry-point group lora_lite.layers, named after the layer's root "
+            f"package), or leave them out with exclude=:{bullets(unknown)}"
+        )
     if misfits:
-        total = len(placements) + len(misfits)
         raise MisfitError(
-            f"the variant does not fit {len(misfits)} of {total} sites; nothing was changed. Choose other fields, or set them "
-            f"for these sites with overrides=, or leave the sites out with exclude=:{bullets(misfits)}"
+            f"the variant does not fit {len(misfits)} of {len(placements) + len(misfits)} sites; nothing was changed. Choose "
+            "other fields, or set them for these sites with overrides=, or leave the sites out with exclude=:"
+            f"{bullets(misfits)}"
         )
     return tuple(placements)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A module that is or looks linear, under all the paths at which the model holds it (the first one names it)."""
 
     module: nn.Module
     paths: tuple[str, ...]
-    blocks: tuple[int, ...]
+    blocks: frozenset[int]
     reachable: bool
 
     @property
@@ -194,149 +201,102 @@ def find_layers(root: nn.Module) -> list[Layer]:
         elif looks_linear(module) or kind_of(module) is not None:
             paths.setdefault(module, []).append(path)
     return [
-        Layer(module, tuple(names), tuple(_blocks(names, lists)), module not in unreachable) for module, names in paths.items()
+        Layer(module, tuple(names), frozenset(_blocks(names, lists)), module not in unreachable)
+        for module, names in paths.items()
     ]
 
 
 def _blocks(paths: list[str], lists: set[str]) -> Iterator[int]:
     """The index of the outermost repeated block, for each path that lies in one."""
-    for path in paths:
-        parts = path.split(".")
-        for depth in range(len(parts)):
-            if ".".join(parts[:depth]) in lists:
-                yield int(parts[depth])
-                break
+    for parts in (path.split(".") for path in paths):
+        inside = [int(parts[depth]) for depth in range(len(parts)) if ".".join(parts[:depth]) in lists]
+        yield from inside[:1]
 
 
 def _select(
-    root: nn.Module,
-    found: list[Layer],
-    variant: Variant,
-    targets: Patterns,
-    exclude: Patterns,
-    layers: int | Iterable[int] | None,
+    root: nn.Module, found: list[Layer], targets: Patterns, exclude: Patterns, layers: int | Iterable[int] | None
 ) -> list[Layer]:
+    groups = [{layer for layer in found if layer.blocks}] if targets is None else _matches(targets, found, "targets")
     if not found:
         raise TargetError(f"{type(root).__name__} has no linear layer")
-    if targets is None and not variant.default_targets:
-        selected = [layer for layer in found if layer.blocks]
-        if not selected:
-            raise TargetError(
-                f"{type(root).__name__} has no repeated blocks (ModuleLists) to choose layers from by default; "
-                f"give targets=. Its linear layers:{_inventory(found)}"
-            )
-    else:
-        patterns = _compile(variant.default_targets if targets is None else targets, "targets")
-        selected = _matching(patterns, found, found, "targets")
-    taken = _excluded(root, found, exclude)
-    for chosen in [selected] if targets is None else [_matching([p], found, found, "targets") for p in patterns]:
-        if all(layer.module in taken for layer in chosen):
+    if not groups:
+        raise TargetError("targets=() chooses no layer; give a regular expression, or leave it out for the default")
+    if not groups[0]:
+        raise TargetError(
+            f"{type(root).__name__} has no repeated blocks (ModuleLists) to choose layers from by default; "
+            f"give targets=. Its linear layers:{_inventory(found)}"
+        )
+    taken = _heads(root, found) if exclude is None else set().union(*_matches(exclude, found, "exclude"))
+    for group in groups:
+        if group <= taken:
             raise TargetError(
                 f"exclude{'' if exclude else ' (by default the output head)'} takes away all that targets= matches"
-                f"{'' if targets is None else ' with one of its patterns'}:{bullets(layer.path for layer in chosen)}\n"
+                f"{'' if targets is None else ' with one of its patterns'}:{bullets(layer.path for layer in group)}\n"
                 "To adapt these, give exclude=(); else leave the pattern out"
             )
-    return _only_usable(_only_blocks([layer for layer in selected if layer.module not in taken], found, layers))
-
-
-def _only_blocks(selected: list[Layer], found: list[Layer], layers: int | Iterable[int] | None) -> list[Layer]:
-    if layers is None:
-        return selected
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    known = {block for layer in found for block in layer.blocks}
-    if not wanted or not wanted <= known:
-        have = f"0 to {max(known)}" if known else "none at all"
-        raise TargetError(f"layers={sorted(wanted)}: the model has repeated blocks {have}")
-    kept = [layer for layer in selected if wanted & set(layer.blocks)]
-    if not kept:
-        raise TargetError(f"layers={sorted(wanted)}: none of the chosen layers lies in these blocks")
-    return kept
-
-
-def _only_usable(selected: list[Layer]) -> list[Layer]:
+    chosen = set().union(*groups) - taken
+    selected = _inside([layer for layer in found if layer in chosen], found, layers)
     silent = [layer.path for layer in selected if not layer.reachable]
     if silent:
         raise TargetError(
             "hooks never fire on these layers, because their parent (nn.MultiheadAttention) reads their weight "
             f"without calling them; leave them out with exclude=:{bullets(silent)}"
         )
-    unknown = [
-        f"{layer.path}: {type(layer.module).__module__}.{type(layer.module).__qualname__}"
-        for layer in selected
-        if kind_of(layer.module) is None
-    ]
-    if unknown:
-        raise LayerKindError(
-            "these layers look linear, but no installed layer kind can read them. Install the plugin that teaches their kind, "
-            "write one (a lora_lite.LayerKind in the entry-point group lora_lite.layers, named after the layer's root "
-            f"package), or leave them out with exclude=:{bullets(unknown)}"
-        )
     return selected
 
 
-def _excluded(root: nn.Module, found: list[Layer], exclude: Patterns) -> set[nn.Module]:
-    if exclude is not None:
-        patterns = _compile(exclude, "exclude")
-        return {layer.module for layer in _matching(patterns, found, found, "exclude")} if patterns else set()
-    heads = {layer.module for layer in found if any(HEAD.search(path) for path in layer.paths)}
+def _inside(selected: list[Layer], found: list[Layer], layers: int | Iterable[int] | None) -> list[Layer]:
+    """Those that lie in the repeated blocks `layers`."""
+    if layers is None:
+        return selected
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    known: set[int] = set().union(*(layer.blocks for layer in found))
+    if not wanted or not wanted <= known:
+        have = f"0 to {max(known)}" if known else "none at all"
+        raise TargetError(f"layers={sorted(wanted)}: the model has repeated blocks {have}")
+    kept = [layer for layer in selected if wanted & layer.blocks]
+    if not kept:
+        raise TargetError(f"layers={sorted(wanted)}: none of the chosen layers lies in these blocks")
+    return kept
+
+
+def _heads(root: nn.Module, found: list[Layer]) -> set[Layer]:
     get: Callable[[], Any] | None = getattr(root, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    return heads | ({head} if isinstance(head, nn.Module) else set())
+    return {layer for layer in found if layer.module is head or any(HEAD.search(path) for path in layer.paths)}
 
 
-def _override(variant: Variant, selected: list[Layer], overrides: Overrides) -> list[Variant]:
-    if not overrides:
-        return [variant] * len(selected)
-    fields: dict[nn.Module, dict[str, Any]] = {}
-    for pattern, values in overrides.items():
-        for layer in _matching(_compile(pattern, "overrides"), selected, selected, "overrides"):
-            fields.setdefault(layer.module, {}).update(values)
+def _overridden(variant: Variant, selected: list[Layer], overrides: Overrides) -> Iterator[tuple[str, nn.Module, Variant]]:
+    fields: dict[Layer, dict[str, Any]] = {}
+    for pattern, values in (overrides or {}).items():
+        for layer in _matches(pattern, selected, "overrides")[0]:
+            fields.setdefault(layer, {}).update(values)
     given = variant.model_dump(include=variant.model_fields_set)
-    return [
-        validated(type(variant), {**given, **fields[layer.module]}) if layer.module in fields else variant for layer in selected
-    ]
+    for layer in selected:
+        other = validated(type(variant), {**given, **fields[layer]}) if layer in fields else variant
+        yield layer.path, layer.module, other
 
 
-def _compile(patterns: Patterns, argument: str) -> list[re.Pattern[str]]:
-    texts = [patterns] if isinstance(patterns, str) else list(patterns or ())
-    if argument == "targets" and not texts:
-        raise TargetError("targets=() chooses no layer; give a regular expression, or leave it out for the default")
-    try:
-        return [re.compile(text) for text in texts]
-    except (re.error, TypeError) as error:
-        raise TargetError(f"{argument}={patterns!r}: not a regular expression: {error}") from None
-
-
-def _matching(patterns: list[re.Pattern[str]], among: list[Layer], found: list[Layer], argument: str) -> list[Layer]:
-    """The layers that match any pattern. A pattern without a match is an error, also beside one that matches."""
-    hit: set[nn.Module] = set()
-    for pattern in patterns:
-        matches = {layer.module for layer in among if any(pattern.search(path) for path in layer.paths)}
-        if not matches:
-            names = {part for layer in found for part in layer.path.split(".") if not part.isdigit()}
+def _matches(patterns: Patterns, among: list[Layer], argument: str) -> list[set[Layer]]:
+    """The layers of each pattern. A pattern without a match is an error, also beside one that matches."""
+    groups = []
+    for pattern in [patterns] if isinstance(patterns, str) else list(patterns or ()):
+        try:
+            groups.append({layer for layer in among if any(re.search(pattern, path) for path in layer.paths)})
+        except (re.error, TypeError) as error:
+            raise TargetError(f"{argument}={patterns!r}: not a regular expression: {error}") from None
+        if among and not groups[-1]:
+            names = {part for layer in among for part in layer.path.split(".") if not part.isdigit()}
             raise TargetError(
-                f"{argument}: {pattern.pattern!r} matches no linear layer{did_you_mean(pattern.pattern.strip('^$.'), names)}\n"
-                f"The linear layers to choose from:{_inventory(found)}"
+                f"{argument}: {pattern!r} matches no linear layer{did_you_mean(pattern.strip('^$.'), names)}\n"
+                f"The linear layers to choose from:{_inventory(among)}"
             )
-        hit |= matches
-    return [layer for layer in among if layer.module in hit]
+    return groups
 
 
-def _inventory(found: list[Layer]) -> str:
-    counts = Counter(layer.path.rpartition(".")[2] for layer in found)
+def _inventory(layers: list[Layer]) -> str:
+    counts = Counter(layer.path.rpartition(".")[2] for layer in layers)
     return bullets(f"{suffix} x {count}" for suffix, count in counts.items())
-
-
-def _spot(layer: Layer) -> Spot:
-    kind = kind_of(layer.module)
-    assert kind is not None
-    return spot_at(layer.path, layer.module, kind)
-
-
-def spot_at(path: str, module: nn.Module, kind: LayerKind) -> Spot:
-    """Where a site is, with the shapes that its kind reads."""
-    d_in, d_out = kind.shape(module)
-    return Spot(path, kind, d_in, d_out, kind.bias(module) is not None)
 
 
 def _unreachable(root: nn.Module, found: list[Layer]) -> Iterator[str]:

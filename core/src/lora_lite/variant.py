@@ -79,34 +79,24 @@ class Site:
     """One layer as a variant sees it. Shapes are always at hand; values are read from the module on request.
 
     A delta must not read `path`: a compiler would build one graph per layer.
+
+    Attributes:
+        d_in: the size of the last dimension of x.
+        d_out: the size of the last dimension of y.
+        has_bias: whether y = W x + b has a b.
+        weight_was_read: whether `weight` or `matmul` was called.
     """
 
-    __slots__ = ("_module", "_spot", "weight_was_read")
+    __slots__ = ("_module", "_spot", "d_in", "d_out", "has_bias", "weight_was_read")
 
     def __init__(self, spot: Spot, module: nn.Module) -> None:
-        self._spot = spot
-        self._module = module
-        self.weight_was_read = False
+        self._spot, self._module, self.weight_was_read = spot, module, False
+        self.d_in, self.d_out, self.has_bias = spot.d_in, spot.d_out, spot.has_bias
 
     @property
     def path(self) -> str:
         """The layer's name in the model, e.g. `model.layers.0.mlp.down_proj`."""
         return self._spot.path
-
-    @property
-    def d_in(self) -> int:
-        """The size of the last dimension of x."""
-        return self._spot.d_in
-
-    @property
-    def d_out(self) -> int:
-        """The size of the last dimension of y."""
-        return self._spot.d_out
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether y = W x + b has a b."""
-        return self._spot.has_bias
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +116,7 @@ class Site:
         """
         bias = self._spot.kind.bias(self._module)
         if bias is None:
-            raise AttributeError("this site has no bias; ask site.has_bias before site.bias()")
+            raise AttributeError("this site has no bias; ask site.has_bias first")
         return bias.detach()
 
     def weight(self) -> Tensor:
@@ -241,9 +231,7 @@ class Variant(BaseModel):
         cls, fields: dict[str, Any], tensors: dict[str, Tensor], from_format: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One site's fields and saved tensors of an older `format`, brought to this one. Raise `format` when files change."""
-        raise VariantDefinitionError(
-            f"{cls.name!r} reads files of format {cls.format} and has no upgrade from format {from_format}"
-        )
+        raise VariantDefinitionError(f"{cls.name!r} of format {cls.format} has no upgrade from format {from_format}")
 
     # --- costs
 
@@ -268,26 +256,17 @@ class Variant(BaseModel):
         cls.name = name
         if name and not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise VariantDefinitionError(f"{cls.__qualname__}: name={name!r} must be lower_snake_case")
-        for field, annotation in inspect.get_annotations(cls).items():
-            if "ClassVar" not in str(annotation):
-                cls._refuse_reserved(field)
+        for field in (field for field, annotation in inspect.get_annotations(cls).items() if "ClassVar" not in str(annotation)):
+            if field in ATTACH_WORDS or hasattr(Variant, field):
+                what = "is an argument of attach()" if field in ATTACH_WORDS else f"shadows Variant.{field}"
+                raise VariantDefinitionError(
+                    f"{cls.__qualname__}: the field {field!r} {what}; rename it, or write a method or ClassVar to override"
+                )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if any(cls.__pydantic_generic_metadata__[key] for key in ("origin", "parameters")):
             raise VariantDefinitionError(f"{cls.__qualname__}: a variant cannot be generic (generic models do not pickle)")
-
-    @classmethod
-    def _refuse_reserved(cls, field: str) -> None:
-        if field in ATTACH_WORDS:
-            raise VariantDefinitionError(
-                f"{cls.__qualname__}: a field cannot be called {field!r}, which is an argument of attach(); rename it"
-            )
-        if hasattr(Variant, field):
-            raise VariantDefinitionError(
-                f"{cls.__qualname__}: the field {field!r} shadows Variant.{field}; rename it, or write it as a method or "
-                "ClassVar if you mean to override"
-            )
 
     def __str__(self) -> str:
         fields = ", ".join(f"{field}={getattr(self, field)!r}" for field in type(self).model_fields)

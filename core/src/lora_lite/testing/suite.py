@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis.strategies import SearchStrategy
 
-from lora_lite.testing.promise import Promise, Subject
+from lora_lite.testing.promise import NewPromiseWarning, Promise, Subject
 from lora_lite.testing.promises import PROMISES
 from lora_lite.variant import Variant
 
@@ -31,31 +32,42 @@ class VariantTests:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        replaced = [name for name in TESTS if getattr(cls, name, None) is not getattr(VariantTests, name)]
-        if replaced:
-            raise TypeError(
-                f"{cls.__qualname__} replaces {', '.join(replaced)}: the suite's tests can be neither overridden nor removed. "
-                f"A promise that cannot be kept is declared: expected_failures = {{{replaced[0]!r}: 'reason'}}"
-            )
-        for name, reason in cls.expected_failures.items():
-            if name not in TESTS:
-                raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")
-            if not TESTS[name].waivable:
-                raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it")
-            if not isinstance(reason, str) or not reason.strip():
-                raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}")
+        refuse_changes(cls)
+
+
+def refuse_changes(cls: type[VariantTests]) -> None:
+    """Raises a TypeError where a test is replaced, or a failure declared that cannot be. Asked when a class is made, and again
+    by each of its tests, for the class may have been changed since.
+    """
+    replaced = [name for name in TESTS if getattr(cls, name, None) is not getattr(VariantTests, name)]
+    if replaced:
+        raise TypeError(
+            f"{cls.__qualname__} replaces {', '.join(replaced)}: the suite's tests can be neither overridden nor removed. "
+            f"A promise that cannot be kept is declared: expected_failures = {{{replaced[0]!r}: 'reason'}}"
+        )
+    for name, reason in cls.expected_failures.items():
+        if name not in TESTS:
+            raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")
+        if not TESTS[name].waivable:
+            raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it")
+        if not isinstance(reason, str) or not reason.strip():
+            raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}")
 
 
 def _as_test(name: str, promise: Promise) -> Callable[[VariantTests], None]:
     def test(self: VariantTests) -> None:
+        refuse_changes(type(self))
         reason = self.expected_failures.get(name)
         subject = Subject.of(self.variant, self.fields)
         try:
             promise.run(subject)
-        except Exception:
-            if reason is None:
+        except Exception as error:
+            if reason is not None:
+                pytest.xfail(reason)
+            if not promise.is_new():
                 raise
-            pytest.xfail(reason)
+            warnings.warn(f"{name}, a promise since lora-lite-core {promise.since}: {error}", NewPromiseWarning, stacklevel=1)
+            return
         if reason is not None:
             pytest.fail(f"{name} passes; take it out of expected_failures (there: {reason})")
 

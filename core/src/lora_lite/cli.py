@@ -1,4 +1,4 @@
-"""The command `lora-lite`: variants, plan, inspect."""
+"""The command `lora-lite`: variants, plan, inspect, new."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from lora_lite import fileformat
 from lora_lite.errors import LoraLiteError
+from lora_lite.new import new
 from lora_lite.plugins import make_variant, variants
 from lora_lite.targets import plan
 
@@ -45,12 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     inspecting = commands.add_parser("inspect", help="show what a file holds, without its plugin or a model")
     inspecting.add_argument("file")
     inspecting.set_defaults(run=_inspect)
+    beginning = commands.add_parser("new", help="write the package of a new variant: code to replace, tests, CI, licence")
+    beginning.add_argument("name", help="such as my-method")
+    beginning.set_defaults(run=_new)
     return parser
 
 
 def _variants(_: argparse.Namespace) -> str:
     rows = [f"{i.name:<18} {i.distribution} {i.version}  ({i.target})" for i in variants().values()]
     return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
+
+
+def _new(options: argparse.Namespace) -> str:
+    folder = new(options.name, Path())
+    return f"wrote {folder}; next: cd {folder} && pip install -e .[test] && pytest"
 
 
 def _plan(options: argparse.Namespace) -> str:

@@ -57,11 +57,12 @@ def test_the_package_installs_keeps_every_promise_and_attaches_by_name(write: Wr
 
 
 def test_the_package_is_formatted_linted_and_typed(write: Write) -> None:
-    """What is written passes the project's own linter, formatter and type checker, with their default settings."""
+    """What is written passes the project's own linter, formatter and strict type checker."""
     package = write("my-method")
     python("-m", "ruff", "check", "--isolated", ".", cwd=package)
     python("-m", "ruff", "format", "--isolated", "--line-length", "128", "--check", ".", cwd=package)
-    python("-m", "mypy", "--strict", "--cache-dir", ROOT / ".mypy_cache", "src", cwd=package)
+    settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    python("-m", "mypy", *settings, "src", cwd=package)
 
 
 @pytest.mark.parametrize("name", ["low-rank", "low_rank"])

@@ -194,7 +194,7 @@ def _load(name: str, points: list[metadata.EntryPoint], what: str) -> Any:
         raise PluginError(f"{_where(points[0])} {asks}: install another version of one of the two")
     try:
         return points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = f"{type(error).__name__}: {error}"
         raise PluginError(f"{_where(points[0])} is installed but fails on import: {told}. It {asks}") from error
 

@@ -245,7 +245,7 @@ def oriented(w: Tensor, basis: Basis, of_output: bool, mean: Tensors) -> Tensor:
     if basis == "corda":
         return (mean["y xᵀ"] / size / size).to(w)
     eigenvalues, vectors = torch.linalg.eigh(mean["n nᵀ"])
-    root = ((vectors * eigenvalues.clamp_min(0).sqrt() / size) @ vectors.T).to(w)
+    root: Tensor = ((vectors * eigenvalues.clamp_min(0).sqrt() / size) @ vectors.T).to(w)
     return root if of_output else w @ root
 
 
@@ -258,5 +258,4 @@ def output_variance(u: Tensor, w: Tensor, of_output: bool, mean: Tensors) -> Ten
 
 def inverse(s: Tensor) -> Tensor:
     """1 / S, 0 for the directions that are left alone."""
-    reciprocal: Tensor = torch.where(s > NEGLIGIBLE * s[0], 1 / s, 0)
-    return reciprocal
+    return torch.where(s > NEGLIGIBLE * s[0], s.reciprocal(), 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -117,7 +119,7 @@ def test_broken_on_import(install: Callable[..., None]) -> None:
         "stranger",
         "import no_such_module_anywhere",
         variants(shift="stranger:Shift"),
-        requires="lora-lite-core>=7",
+        requires="lora-lite-core<9,>=0.1",
     )
     with pytest.raises(
         ll.PluginError, match=r"'shift' of lora-lite-stranger 1\.5 \(stranger:Shift\) is installed but"
@@ -125,7 +127,7 @@ def test_broken_on_import(install: Callable[..., None]) -> None:
         ll.attach(model(), "shift")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
     assert "No module named 'no_such_module_anywhere'" in str(caught.value)
-    assert "lora-lite-core>=7" in str(caught.value)
+    assert "It asks for lora-lite-core<9,>=0.1; installed is lora-lite-core " in str(caught.value)
     assert "not installed" not in str(caught.value)
     assert "pip install" not in str(caught.value)
     the_others_work()
@@ -219,6 +221,121 @@ def test_broken_layer_kind(install: Callable[..., None], code: str, complaint: s
     with pytest.raises(ll.PluginError, match=rf"lora_lite\.layers 'stranger_layers' of lora-lite-stranger 1\.5.*{complaint}"):
         ll.attach(nn.ModuleList([package(4, 4)]), "lora", r=2)
     the_others_work()
+
+
+# --- plugins that misbehave, built and installed by pip
+
+
+GOOD_NAMED = GOOD.replace('"shift"', '"NAME"')
+
+# distribution -> (entry point's name, its object, the module's code, the core it asks for)
+STRANGERS: dict[str, tuple[str, str, str, str]] = {
+    "stranger-good": ("good", "Shift", GOOD_NAMED, ">=0.1"),
+    "stranger-broken": ("broken", "Shift", "import no_such_module_anywhere", ">=0.1"),
+    "stranger-exits": ("exits", "Shift", "import sys; sys.exit('no licence key')", ">=0.1"),
+    "stranger-one": ("twice", "Shift", GOOD_NAMED, ">=0.1"),
+    "stranger-two": ("twice", "Shift", GOOD_NAMED, ">=0.1"),
+    "stranger-future": ("future", "Shift", GOOD_NAMED, ">=7,<8"),
+    "stranger-past": ("past", "Shift", GOOD_NAMED, "<0.1"),
+    "stranger-missing": ("missing", "Shfit", GOOD_NAMED, ">=0.1"),
+    "stranger-function": ("function", "make", "def make(): return 1", ">=0.1"),
+    "stranger-module": ("module", "", GOOD_NAMED, ">=0.1"),
+    "stranger-instance": ("instance", "shift", GOOD_NAMED + "\nshift = Shift()", ">=0.1"),
+    "stranger-renamed": ("renamed", "Shift", GOOD, ">=0.1"),
+    "stranger-field": ("field", "Shift", GOOD_NAMED.replace("size: float", "penalty: float"), ">=0.1"),
+    "stranger-word": ("word", "Shift", GOOD_NAMED.replace("size: float", "layers: float"), ">=0.1"),
+    "stranger-generic": (
+        "generic",
+        "Shift",
+        "import typing\nT = typing.TypeVar('T')\n" + GOOD_NAMED.replace("(ll.Variant,", "(ll.Variant, typing.Generic[T],"),
+        ">=0.1",
+    ),
+}
+
+REASONS = {
+    "broken": r"'broken' of stranger-broken 1\.5 .* fails on import: ModuleNotFoundError: No module named 'no_such_module_",
+    "exits": r"'exits' of stranger-exits 1\.5 .* fails on import: SystemExit: no licence key",
+    "twice": r"'twice' is provided twice, by (?=.*stranger-one 1\.5)(?=.*stranger-two 1\.5).*; uninstall one of them",
+    "future": r"'future' of stranger-future 1\.5 .* asks for lora-lite-core<8,>=7; installed is lora-lite-core \d",
+    "past": r"'past' of stranger-past 1\.5 .* asks for lora-lite-core<0\.1; installed is lora-lite-core \d",
+    "missing": r"'missing' of stranger-missing 1\.5 .* AttributeError: .* no attribute 'Shfit'",
+    "function": r"'function' of stranger-function 1\.5 .* gives <function make at .*>; expected a subclass of lora_lite",
+    "module": r"'module' of stranger-module 1\.5 .* gives <module 'stranger_module'.*>; expected a subclass of lora_lite",
+    "instance": r"'instance' of stranger-instance 1\.5 .* gives Shift\(size=0\.5\); expected a subclass of lora_lite",
+    "renamed": r"'renamed' of stranger-renamed 1\.5 .* gives Shift, whose name is 'shift'; its author must make the entry",
+    "field": r"'field' of stranger-field 1\.5 .* VariantDefinitionError: Shift: the field 'penalty' shadows Variant\.penalty",
+    "word": r"'word' of stranger-word 1\.5 .* Shift: a field cannot be called 'layers', which is an argument of attach\(\)",
+    "generic": r"'generic' of stranger-generic 1\.5 .* Shift: a variant cannot be generic",
+}
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "{distribution}"
+version = "1.5"
+dependencies = ["lora-lite-core{core}"]
+[project.entry-points."lora_lite.variants"]
+{name} = "{target}"
+[tool.hatch.build.targets.wheel]
+include = ["*.py"]
+"""
+
+ATTACH_EACH = """
+import json, sys, torch, lora_lite as ll
+def told(name):
+    try:
+        ll.attach(torch.nn.ModuleList([torch.nn.Linear(8, 8)]), name)
+    except ll.PluginError as error:
+        return str(error)
+before = ll.variants().keys() >= {*sys.argv[1:], "lora"}
+print(json.dumps({"listed": before, **{name: told(name) for name in (*sys.argv[1:], "good", "lora")}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment variables of a process that finds these distributions, each built and installed by pip."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for distribution, (name, attribute, code, core) in STRANGERS.items():
+        module = distribution.replace("-", "_")
+        entry = f"{module}:{attribute}" if attribute else module
+        (source / distribution).mkdir()
+        (source / distribution / f"{module}.py").write_text(code.replace("NAME", name))
+        project = PYPROJECT.format(distribution=distribution, core=core, name=name, target=entry)
+        (source / distribution / "pyproject.toml").write_text(project)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    folders = [str(source / distribution) for distribution in STRANGERS]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *folders], check=True, capture_output=True)
+    return {**os.environ, "PYTHONPATH": str(target)}
+
+
+def test_each_mistake_has_its_own_error_and_the_others_work(strangers: dict[str, str]) -> None:
+    """attach names the distribution and the mistake of what was asked for; in the same process, the others attach."""
+    command = [sys.executable, "-c", ATTACH_EACH, *REASONS]
+    done = subprocess.run(command, env=strangers, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told.pop("listed") is True
+    assert (told.pop("good"), told.pop("lora")) == (None, None)
+    for name, reason in REASONS.items():
+        assert re.search(reason, told[name]), f"{name}: {told[name]}"
+
+
+def test_variants_check_shows_each_with_its_reason(strangers: dict[str, str]) -> None:
+    """`lora-lite variants --check` goes on after a broken one, and is status 1; without --check nothing is imported."""
+    command = [Path(sys.executable).parent / "lora-lite", "variants"]
+    listed = subprocess.run(command, env=strangers, capture_output=True, text=True, check=True).stdout
+    assert "cannot be used" not in listed
+    checked = subprocess.run([*command, "--check"], env=strangers, capture_output=True, text=True, check=False)
+    assert checked.returncode == 1
+    names = [name for name, *_ in map(str.split, listed.splitlines())]
+    reasons = dict(re.findall(r"^(\w+) .*\n  cannot be used: (.*)$", checked.stdout, re.MULTILINE))
+    assert reasons.keys() == REASONS.keys()
+    for name, reason in REASONS.items():
+        assert re.search(reason, reasons[name]), f"{name}: {reasons[name]}"
+    assert [line.split()[0] for line in checked.stdout.splitlines() if not line.startswith("  ")] == names
+    assert checked.stderr.startswith(f"lora-lite: {len(REASONS)} of {len(names)} variants cannot be used: broken, exits")
 
 
 # --- what an import pulls in, each in a process of its own

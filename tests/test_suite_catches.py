@@ -3,13 +3,17 @@ by the test that is meant for it; and the suite cannot be talked out of a test.
 """
 
 import random
+import warnings
+from dataclasses import replace
+from importlib import metadata
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from lora_lite import Site, SiteError, TensorSpec, Variant, check_rank
-from lora_lite.testing import PROMISES, Subject, VariantTests
+from lora_lite.testing import PROMISES, NewPromiseWarning, Subject, VariantTests
+from lora_lite.testing.suite import _as_test
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr
 from torch import Tensor
 from torch.nn.functional import dropout
@@ -621,6 +625,18 @@ def test_an_expected_failure_names_a_test_and_a_reason() -> None:
         type("Silent", (VariantTests,), {"variant": Sound, "expected_failures": {"test_macs_are_as_declared": " "}})
 
 
+def test_a_change_after_the_class_is_made_is_noticed() -> None:
+    """Every other test of the class then fails."""
+    tests = type("Changed", (VariantTests,), {"variant": Sound})
+    tests.test_macs_are_as_declared = lambda _: None  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="can be neither overridden nor removed"):
+        tests().test_fields_survive_json()
+    tests = type("Waived", (VariantTests,), {"variant": Sound})
+    tests.expected_failures = {"test_base_is_untouched": "because"}
+    with pytest.raises(TypeError, match="cannot be waived"):
+        tests().test_fields_survive_json()
+
+
 def test_an_expected_failure_is_reported_as_one() -> None:
     reasons = {"test_macs_are_as_declared": "they are counted elsewhere"}
     tests = type("Declared", (VariantTests,), {"variant": CountsOneFactor, "expected_failures": reasons})
@@ -633,3 +649,52 @@ def test_an_expected_failure_that_passes_fails() -> None:
     tests = type("Stale", (VariantTests,), {"variant": Sound, "expected_failures": reasons})
     with pytest.raises(pytest.fail.Exception, match="take it out of expected_failures"):
         tests().test_macs_are_as_declared()
+
+
+MAJOR, MINOR = (int(number) for number in metadata.version("lora-lite-core").split(".")[:2])
+
+
+def run_since(since: str, variant: type[Variant], expected_failures: dict[str, str] | None = None) -> None:
+    """A test of the suite, as it would be if its promise had come with that version of the core."""
+    test = _as_test("test_macs_are_as_declared", replace(PROMISES["macs_are_as_declared"], since=since))
+    attributes = {"variant": variant, "expected_failures": expected_failures or {}}
+    test(type("Tests", (VariantTests,), attributes)())
+
+
+def test_a_new_promise_warns_who_breaks_it() -> None:
+    with pytest.warns(NewPromiseWarning, match=rf"since lora-lite-core {MAJOR}\.{MINOR}; .*: declared .* counted"):
+        run_since(f"{MAJOR}.{MINOR}", CountsOneFactor)
+
+
+def test_a_new_promise_that_is_kept_says_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_since(f"{MAJOR}.{MINOR}", Sound)
+
+
+def test_a_promise_of_the_minor_version_before_fails_who_breaks_it() -> None:
+    before = f"{MAJOR}.{MINOR - 1}" if MINOR else f"{MAJOR - 1}.9"
+    with pytest.raises(AssertionError, match=r"declared .* counted"):
+        run_since(before, CountsOneFactor)
+
+
+def test_a_new_promise_can_be_declared_an_expected_failure() -> None:
+    with pytest.raises(pytest.xfail.Exception, match="counted elsewhere"):
+        run_since(f"{MAJOR}.{MINOR}", CountsOneFactor, {"test_macs_are_as_declared": "counted elsewhere"})
+
+
+@pytest.mark.parametrize(
+    ("since", "core", "new"),
+    [
+        ("", "0.1.0", False),
+        ("0.2", "0.1.9", True),  # not released yet
+        ("0.2", "0.2.0.dev1", True),
+        ("0.2", "0.2.7", True),
+        ("0.2", "0.3.0", False),
+        ("0.9", "0.10.0", False),
+        ("0.10", "0.10.1", True),
+        ("1.4", "2.0", False),
+    ],
+)
+def test_for_how_long_a_promise_is_new(since: str, core: str, new: bool) -> None:
+    assert replace(PROMISES["macs_are_as_declared"], since=since).is_new(core) is new

@@ -1,4 +1,4 @@
-"""The command `lora-lite`: variants, plan, inspect."""
+"""The command `lora-lite`: variants, plan, inspect, new, conform."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import nn
 
 from lora_lite import fileformat
 from lora_lite.errors import LoraLiteError
-from lora_lite.plugins import make_variant, variants
+from lora_lite.new import new
+from lora_lite.plugins import make_variant, variant_class, variants
 from lora_lite.targets import plan
 
 
@@ -33,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-lite", description="Adapters for PyTorch models.")
     commands = parser.add_subparsers(required=True, metavar="command")
     listing = commands.add_parser("variants", help="list the installed variants")
+    listing.add_argument("--check", action="store_true", help="load each of them, and say which cannot be used and why")
     listing.set_defaults(run=_variants)
     planning = commands.add_parser("plan", help="show what attach would do, without loading weights")
     planning.add_argument("model", help="a directory or hub id of a transformers model; only its configuration is read")
@@ -45,12 +49,46 @@ def _parser() -> argparse.ArgumentParser:
     inspecting = commands.add_parser("inspect", help="show what a file holds, without its plugin or a model")
     inspecting.add_argument("file")
     inspecting.set_defaults(run=_inspect)
+    beginning = commands.add_parser("new", help="write the package of a new variant: code to replace, tests, CI, licence")
+    beginning.add_argument("name", help="such as my-method")
+    beginning.set_defaults(run=_new)
+    conforming = commands.add_parser("conform", help="hold a variant to every promise of the conformance suite")
+    conforming.add_argument("variant", help="an installed variant, or module:Class of a Variant or of a VariantTests")
+    conforming.set_defaults(run=_conform)
     return parser
 
 
-def _variants(_: argparse.Namespace) -> str:
-    rows = [f"{i.name:<18} {i.distribution} {i.version}  ({i.target})" for i in variants().values()]
-    return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
+def _variants(options: argparse.Namespace) -> str:
+    rows = {i.name: f"{i.name:<18} {i.distribution} {i.version}  ({i.target})" for i in variants().values()}
+    broken = _broken(rows) if options.check else {}
+    table = "\n".join(f"{row}\n  cannot be used: {broken[name]}" if name in broken else row for name, row in rows.items())
+    if broken:
+        print(table)
+        raise LoraLiteError(f"{len(broken)} of {len(rows)} variants cannot be used: {', '.join(broken)}")
+    return table or "no variant is installed; try pip install lora-lite-lora"
+
+
+def _broken(names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            variant_class(name)
+        except LoraLiteError as error:
+            found[name] = str(error)
+    return found
+
+
+def _new(options: argparse.Namespace) -> str:
+    folder = new(options.name, Path())
+    return f"wrote {folder}; next: cd {folder} && pip install -e .[test] && pytest"
+
+
+def _conform(options: argparse.Namespace) -> str:
+    try:
+        from lora_lite.testing.conform import conform
+    except ImportError as error:
+        raise LoraLiteError(f"the conformance suite needs {error.name}; pip install lora-lite-core[testing]") from None
+    return conform(options.variant, partial(print, flush=True))
 
 
 def _plan(options: argparse.Namespace) -> str:

@@ -7,6 +7,8 @@ duplicates in silence.
 
 from __future__ import annotations
 
+import operator
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -186,15 +188,29 @@ def _load(name: str, points: list[metadata.EntryPoint], what: str) -> Any:
     if len(points) > 1:
         providers = " and ".join(f"{_distribution(point)} {_version(point)} ({point.value})" for point in points)
         raise PluginError(f"{what} {name!r} is provided twice, by {providers}; uninstall one of them")
+    needs, core = _core_wanted(points[0]), metadata.version("lora-lite-core")
+    asks = f"asks for {needs or 'no particular lora-lite-core'}; installed is lora-lite-core {core}"
+    if _excludes(needs, core):
+        raise PluginError(f"{_where(points[0])} {asks}: install another version of one of the two")
     try:
         return points[0].load()
-    except Exception as error:
-        needs = [need for need in _requires(points[0]) if need.startswith("lora-lite-core")]
-        raise PluginError(
-            f"{_where(points[0])} is installed but fails on import: {type(error).__name__}: {error}. "
-            f"It asks for {needs[0] if needs else 'no particular lora-lite-core'}; "
-            f"installed is lora-lite-core {metadata.version('lora-lite-core')}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{_where(points[0])} is installed but fails on import: {told}. It {asks}") from error
+
+
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def _excludes(requirement: str, version: str) -> bool:
+    """Whether a bound of `lora-lite-core>=0.1,<0.2` excludes a version. Clauses of another form are left to pip."""
+    bounds = re.findall(r"([<>]=?)\s*([\d.]+)", requirement)
+    return not all(_COMPARE[sign](_release(version), _release(bound)) for sign, bound in bounds)
+
+
+def _release(version: str) -> list[int]:
+    numbers = re.split(r"[^\d.]", version)[0].strip(".").split(".")
+    return [int(number) for number in (*numbers, "0", "0", "0")[:4]]
 
 
 def _not_installed(name: str, installed: list[str]) -> str:
@@ -229,5 +245,6 @@ def _version(point: metadata.EntryPoint) -> str:
     return point.dist.version if point.dist else "?"
 
 
-def _requires(point: metadata.EntryPoint) -> list[str]:
-    return (point.dist.requires or []) if point.dist else []
+def _core_wanted(point: metadata.EntryPoint) -> str:
+    needs = (point.dist.requires or []) if point.dist else []
+    return next((need for need in needs if re.match(r"lora-lite-core(?![\w-])[^;]*$", need)), "")

@@ -6,8 +6,8 @@ class TestMyVariant(VariantTests): variant = "my_variant"
 """
 
 from lora_lite.testing.case import Case
-from lora_lite.testing.promise import Promise, Subject
+from lora_lite.testing.promise import NewPromiseWarning, Promise, Subject
 from lora_lite.testing.promises import PROMISES
 from lora_lite.testing.suite import VariantTests
 
-__all__ = ["PROMISES", "Case", "Promise", "Subject", "VariantTests"]
+__all__ = ["PROMISES", "Case", "NewPromiseWarning", "Promise", "Subject", "VariantTests"]

@@ -1,6 +1,9 @@
 """A promise: a function that holds a variant to one sentence of the contract, its docstring saying what, why, and what
 usually breaks it. `PROMISES` has them all, in the order of the pages of `lora_lite.testing.promises`.
 
+A promise that is added later says `since` which minor version of the core. Throughout that version it only warns those who
+break it, with a `NewPromiseWarning`; from the next one on it fails them.
+
 How often, and from where, is set by two environment variables: LORA_LITE_EXAMPLES multiplies the number of drawn cases,
 LORA_LITE_SEED draws others (0 by default: every run draws the same).
 """
@@ -10,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import hypothesis
@@ -29,6 +34,10 @@ Check = Callable[[Case], None]
 Survey = Callable[[type[Variant], Sequence[Case | Refusal]], None]
 
 PROMISES: dict[str, Promise] = {}
+
+
+class NewPromiseWarning(UserWarning):
+    """A variant breaks a promise that is new in this minor version of the core; from the next one on, its test fails."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Promise:
         check: takes one case; or `survey` takes all attempts at once, refusals included.
         shrink: whether a failing case is made smaller before it is shown (not where one takes seconds).
         waivable: whether it may be declared an expected failure.
+        since: the minor version of the core, such as "0.2", that brought it; empty for the first promises.
     """
 
     name: str
@@ -71,6 +81,11 @@ class Promise:
     survey: Survey | None = None
     shrink: bool = True
     waivable: bool = True
+    since: str = ""
+
+    def is_new(self, core: str | None = None) -> bool:
+        """Whether it only warns, with this version of the core (by default, the installed one)."""
+        return bool(self.since) and _minor(core or metadata.version("lora-lite-core")) <= _minor(self.since)
 
     def run(self, subject: Subject) -> None:
         """Raises whatever breaks the promise, an AssertionError as a rule."""
@@ -118,21 +133,21 @@ class Promise:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def promise(examples: int, *, shrink: bool = True, waivable: bool = True) -> Callable[[Check], Check]:
-    """Registers a function of one case as a promise under its own name."""
+def promise(examples: int, **options: Any) -> Callable[[Check], Check]:
+    """Registers a function of one case as a promise under its own name. The options are attributes of `Promise`."""
 
     def register(check: Check) -> Check:
-        _add(Promise(check.__name__, _text(check), examples, check=check, shrink=shrink, waivable=waivable))
+        _add(Promise(check.__name__, _text(check), examples, check=check, **options))
         return check
 
     return register
 
 
-def survey(examples: int, *, waivable: bool = True) -> Callable[[Survey], Survey]:
+def survey(examples: int, **options: Any) -> Callable[[Survey], Survey]:
     """Registers a function of the class and all that was drawn for it."""
 
     def register(check: Survey) -> Survey:
-        _add(Promise(check.__name__, _text(check), examples, survey=check, waivable=waivable))
+        _add(Promise(check.__name__, _text(check), examples, survey=check, **options))
         return check
 
     return register
@@ -145,6 +160,11 @@ def _add(new: Promise) -> None:
 
 def _text(check: Callable[..., None]) -> str:
     return inspect.cleandoc(check.__doc__ or "")
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis.strategies import SearchStrategy
 
-from lora_lite.testing.promise import Promise, Subject
+from lora_lite.testing.promise import NewPromiseWarning, Promise, Subject
 from lora_lite.testing.promises import PROMISES
 from lora_lite.variant import Variant
 
@@ -31,33 +33,82 @@ class VariantTests:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        replaced = [name for name in TESTS if getattr(cls, name, None) is not getattr(VariantTests, name)]
-        if replaced:
-            raise TypeError(
-                f"{cls.__qualname__} replaces {', '.join(replaced)}: the suite's tests can be neither overridden nor removed. "
-                f"A promise that cannot be kept is declared: expected_failures = {{{replaced[0]!r}: 'reason'}}"
-            )
-        for name, reason in cls.expected_failures.items():
-            if name not in TESTS:
-                raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")
-            if not TESTS[name].waivable:
-                raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it")
-            if not isinstance(reason, str) or not reason.strip():
-                raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}")
+        refuse_changes(cls)
+
+
+def refuse_changes(cls: type[VariantTests]) -> None:
+    """Raises a TypeError where a test is replaced, or a failure declared that cannot be. Asked when a class is made, and again
+    by each of its tests, for the class may have been changed since.
+    """
+    replaced = [name for name in TESTS if getattr(cls, name, None) is not getattr(VariantTests, name)]
+    if replaced:
+        raise TypeError(
+            f"{cls.__qualname__} replaces {', '.join(replaced)}: the suite's tests can be neither overridden nor removed. "
+            f"A promise that cannot be kept is declared: expected_failures = {{{replaced[0]!r}: 'reason'}}"
+        )
+    for name, reason in cls.expected_failures.items():
+        if name not in TESTS:
+            raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")
+        if not TESTS[name].waivable:
+            raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it")
+        if not isinstance(reason, str) or not reason.strip():
+            raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a variant fared with one promise.
+
+    Attributes:
+        promise: the promise.
+        error: what broke it, or None.
+        declared: the reason that is given in expected_failures, or None.
+    """
+
+    promise: Promise
+    error: Exception | None
+    declared: str | None
+
+    @classmethod
+    def of(cls, promise: Promise, tests: type[VariantTests]) -> Outcome:
+        """Holds the variant of a test class to one promise."""
+        declared = tests.expected_failures.get(f"test_{promise.name}")
+        subject = Subject.of(tests.variant, tests.fields)
+        try:
+            promise.run(subject)
+        except Exception as error:
+            return cls(promise, error, declared)
+        return cls(promise, None, declared)
+
+    @property
+    def verdict(self) -> Literal["ok", "broken", "declared", "stale", "new"]:
+        """ok; broken; broken as declared; declared broken, but kept; or broken, and too new a promise to fail for it."""
+        if self.error is None:
+            return "ok" if self.declared is None else "stale"
+        if self.declared is not None:
+            return "declared"
+        return "new" if self.promise.is_new() else "broken"
+
+    def __str__(self) -> str:
+        if self.verdict == "new":
+            return f"a promise since lora-lite-core {self.promise.since}; the next minor version fails here: {self.error}"
+        if self.verdict == "stale":
+            return f"test_{self.promise.name} passes; take it out of expected_failures (there: {self.declared})"
+        return self.declared or str(self.error or "")
 
 
 def _as_test(name: str, promise: Promise) -> Callable[[VariantTests], None]:
     def test(self: VariantTests) -> None:
-        reason = self.expected_failures.get(name)
-        subject = Subject.of(self.variant, self.fields)
-        try:
-            promise.run(subject)
-        except Exception:
-            if reason is None:
-                raise
-            pytest.xfail(reason)
-        if reason is not None:
-            pytest.fail(f"{name} passes; take it out of expected_failures (there: {reason})")
+        refuse_changes(type(self))
+        outcome = Outcome.of(promise, type(self))
+        if outcome.verdict == "declared":
+            pytest.xfail(str(outcome))
+        if outcome.verdict == "stale":
+            pytest.fail(str(outcome))
+        if outcome.verdict == "new":
+            warnings.warn(f"{name}: {outcome}", NewPromiseWarning, stacklevel=1)
+        if outcome.verdict == "broken" and outcome.error is not None:
+            raise outcome.error
 
     test.__name__ = name
     test.__qualname__ = f"VariantTests.{name}"

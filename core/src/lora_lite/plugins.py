@@ -7,13 +7,13 @@ duplicates in silence.
 
 from __future__ import annotations
 
-import operator
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 from pydantic import ValidationError
@@ -24,25 +24,13 @@ from lora_lite.errors import FieldError, PluginError, UnknownVariantError, did_y
 from lora_lite.layers import LayerKind
 from lora_lite.variant import Variant
 
-VARIANTS = "lora_lite.variants"
-LAYERS = "lora_lite.layers"
+VARIANTS, LAYERS = "lora_lite.variants", "lora_lite.layers"
+T = TypeVar("T")
 
-FIRST_PARTY = {
-    "lora": "lora-lite-lora",
-    "pissa": "lora-lite-pissa",
-    "dora": "lora-lite-dora",
-    "eva": "lora-lite-eva",
-    "hra": "lora-lite-hra",
-    "delora": "lora-lite-delora",
-    "ia3": "lora-lite-ia3",
-    "ia3_ff": "lora-lite-ia3",
-    "lora_xs": "lora-lite-lora-xs",
-    "road": "lora-lite-road",
-    "antipasto": "lora-lite-antipasto",
-    "antipasto_gain": "lora-lite-antipasto",
-    "antipasto_ablate": "lora-lite-antipasto",
-    "antipasto_mix": "lora-lite-antipasto",
-}
+# The distributions to name in an install hint.
+FIRST_PARTY = {name: f"lora-lite-{name}" for name in ("lora", "pissa", "dora", "eva", "hra", "delora")}
+FIRST_PARTY |= {"ia3": "lora-lite-ia3", "ia3_ff": "lora-lite-ia3", "lora_xs": "lora-lite-lora-xs", "road": "lora-lite-road"}
+FIRST_PARTY |= {f"antipasto{core}": "lora-lite-antipasto" for core in ("", "_gain", "_ablate", "_mix")}
 
 
 @dataclass(frozen=True)
@@ -79,15 +67,11 @@ def variants() -> dict[str, VariantInfo]:
 
     A name that several distributions provide is listed once, under all of them; `attach` refuses it.
     """
-    found: dict[str, VariantInfo] = {}
-    for name, points in sorted(_entry_points(VARIANTS).items()):
-        found[name] = VariantInfo(
-            name,
-            " / ".join(_distribution(point) for point in points),
-            " / ".join(_version(point) for point in points),
-            " / ".join(point.value for point in points),
-        )
-    return found
+    found = sorted(_entry_points(VARIANTS).items())
+    return {
+        name: VariantInfo(name, *(" / ".join(part) for part in zip(*map(_source, points), strict=True)))
+        for name, points in found
+    }
 
 
 def variant_class(name: str) -> type[Variant]:
@@ -103,13 +87,11 @@ def variant_class(name: str) -> type[Variant]:
     points = _entry_points(VARIANTS)
     if name not in points:
         raise UnknownVariantError(_not_installed(name, sorted(points)))
-    loaded = _load(name, points[name], "variant")
-    if not (isinstance(loaded, type) and issubclass(loaded, Variant)):
-        raise PluginError(f"{_where(points[name][0])} gives {loaded!r}; expected a subclass of lora_lite.Variant")
+    loaded = _load(points[name], Variant)
     if loaded.name != name:
         raise PluginError(
-            f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}; "
-            f"its author must make the entry point and `class {loaded.__qualname__}(Variant, name=...)` agree"
+            f"{VARIANTS} {name!r} of {' '.join(_source(points[name][0])[:2])} gives {loaded.__qualname__}, whose name is "
+            f"{loaded.name!r}; its author must make the entry point and `class {loaded.__qualname__}(Variant, name=...)` agree"
         )
     _manager.register(loaded, name=f"{VARIANTS}:{name}")
     return loaded
@@ -147,13 +129,9 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         PluginError: that plugin cannot be used.
     """
     package = type(module).__module__.partition(".")[0]
-    points = _layer_points().get(package)
-    plugin = f"{LAYERS}:{package}"
+    points, plugin = _layer_points().get(package), f"{LAYERS}:{package}"
     if points and not _manager.has_plugin(plugin):
-        loaded = _load(package, points, "layer kind")
-        if not (isinstance(loaded, type) and issubclass(loaded, LayerKind)):
-            raise PluginError(f"{_where(points[0])} gives {loaded!r}; expected a subclass of lora_lite.LayerKind")
-        _manager.register(loaded(), name=plugin)
+        _manager.register(_load(points, LayerKind)(), name=plugin)  # type: ignore[type-abstract]
     kind: LayerKind | None = _manager.hook.lora_lite_layer_kind(module=module)
     return kind
 
@@ -162,50 +140,54 @@ def provider(cls: type[Variant]) -> tuple[str, str]:
     """(distribution, version) of a variant class, or its module and "" where it is not installed as a plugin."""
     for point in _entry_points(VARIANTS).get(cls.name, []):
         if getattr(sys.modules.get(point.module), point.attr, None) is cls:
-            return _distribution(point), _version(point)
+            return _source(point)[:2]
     return cls.__module__, ""
-
-
-_layer_cache: dict[str, list[metadata.EntryPoint]] | None = None
-
-
-def _layer_points() -> dict[str, list[metadata.EntryPoint]]:
-    global _layer_cache
-    if _layer_cache is None:
-        _layer_cache = _entry_points(LAYERS)
-    return _layer_cache
 
 
 def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
     """By name; several only where different distributions or objects claim the same name."""
-    found: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
+    found: dict[str, dict[tuple[str, ...], metadata.EntryPoint]] = {}
     for point in metadata.entry_points(group=group):
-        found.setdefault(point.name, {}).setdefault((_distribution(point), point.value), point)
+        found.setdefault(point.name, {}).setdefault(_source(point), point)
     return {name: list(points.values()) for name, points in found.items()}
 
 
-def _load(name: str, points: list[metadata.EntryPoint], what: str) -> Any:
+@cache
+def _layer_points() -> dict[str, list[metadata.EntryPoint]]:
+    return _entry_points(LAYERS)
+
+
+def _source(point: metadata.EntryPoint) -> tuple[str, str, str]:
+    """(distribution, version, module:Class)."""
+    return (point.dist.name, point.dist.version, point.value) if point.dist else ("an unknown distribution", "?", point.value)
+
+
+def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
+    """The object of the only one of `points`, a subclass of `base`."""
+    sources = ["{} {} ({})".format(*_source(point)) for point in points]
+    point, where = points[0], f"{points[0].group} {points[0].name!r} of {sources[0]}"
     if len(points) > 1:
-        providers = " and ".join(f"{_distribution(point)} {_version(point)} ({point.value})" for point in points)
-        raise PluginError(f"{what} {name!r} is provided twice, by {providers}; uninstall one of them")
-    needs, core = _core_wanted(points[0]), metadata.version("lora-lite-core")
+        raise PluginError(f"{point.group} {point.name!r} is provided twice, by {' and '.join(sources)}; uninstall one of them")
+    needs = next((n for n in (point.dist and point.dist.requires) or () if re.match(r"lora-lite-core(?![\w-])[^;]*$", n)), "")
+    core = metadata.version("lora-lite-core")
     asks = f"asks for {needs or 'no particular lora-lite-core'}; installed is lora-lite-core {core}"
     if _excludes(needs, core):
-        raise PluginError(f"{_where(points[0])} {asks}: install another version of one of the two")
+        raise PluginError(f"{where} {asks}: install another version of one of the two")
     try:
-        return points[0].load()
+        loaded = point.load()
     except (Exception, SystemExit) as error:
         told = f"{type(error).__name__}: {error}"
-        raise PluginError(f"{_where(points[0])} is installed but fails on import: {told}. It {asks}") from error
-
-
-_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+        raise PluginError(f"{where} is installed but fails on import: {told}. It {asks}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        raise PluginError(f"{where} gives {loaded!r}; expected a subclass of lora_lite.{base.__name__}")
+    return loaded
 
 
 def _excludes(requirement: str, version: str) -> bool:
     """Whether a bound of `lora-lite-core>=0.1,<0.2` excludes a version. Clauses of another form are left to pip."""
-    bounds = re.findall(r"([<>]=?)\s*([\d.]+)", requirement)
-    return not all(_COMPARE[sign](_release(version), _release(bound)) for sign, bound in bounds)
+    have = _release(version)
+    bounds = [(sign, _release(bound)) for sign, bound in re.findall(r"([<>]=?)\s*([\d.]+)", requirement)]
+    return any((have < bound if ">" in sign else have > bound) or (have == bound and "=" not in sign) for sign, bound in bounds)
 
 
 def _release(version: str) -> list[int]:
@@ -221,8 +203,7 @@ def _not_installed(name: str, installed: list[str]) -> str:
 
 
 def _complaints(cls: type[Variant], error: ValidationError) -> list[str]:
-    fields = list(cls.model_fields)
-    complaints = []
+    fields, complaints = list(cls.model_fields), []
     for detail in error.errors(include_url=False):
         field = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
@@ -231,20 +212,3 @@ def _complaints(cls: type[Variant], error: ValidationError) -> list[str]:
         else:
             complaints.append(f"{field or 'fields'}={detail['input']!r}: {detail['msg']}")
     return complaints
-
-
-def _where(point: metadata.EntryPoint) -> str:
-    return f"{point.group} {point.name!r} of {_distribution(point)} {_version(point)} ({point.value})"
-
-
-def _distribution(point: metadata.EntryPoint) -> str:
-    return point.dist.name if point.dist else "an unknown distribution"
-
-
-def _version(point: metadata.EntryPoint) -> str:
-    return point.dist.version if point.dist else "?"
-
-
-def _core_wanted(point: metadata.EntryPoint) -> str:
-    needs = (point.dist.requires or []) if point.dist else []
-    return next((need for need in needs if re.match(r"lora-lite-core(?![\w-])[^;]*$", need)), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,10 @@ def test_memory_does_not_grow_with_the_number_of_batches(basis: Any, shape: tupl
         assert isinstance(observer, Averages)
         for _ in range(batches):
             observer.update(torch.randn(32, shape[0]), torch.randn(32, shape[1]))
-        held.append(sum(t.untyped_storage().nbytes() for t in [observer.bias, *observer.sums.values()]))
-    assert held[0] == held[1]
+        held.append(len(pickle.dumps(observer)))
+    assert held[0] == pytest.approx(held[1], abs=8)  # the number of rows is a longer one
     weight = 60 * 200 if basis == "corda" else 0
-    assert held[0] <= 8 * (weight + 60 * 60 + 4 * 200)
+    assert held[0] <= 8 * (weight + 60 * 60 + 4 * 200) + 4000
 
 
 @pytest.mark.parametrize("variant", FAMILY)

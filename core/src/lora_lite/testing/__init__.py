@@ -3,11 +3,14 @@
 from lora_lite.testing import VariantTests
 
 class TestMyVariant(VariantTests): variant = "my_variant"
+
+A kind of linear layer has a suite of its own, `LayerKindTests`.
 """
 
 from lora_lite.testing.case import Case
+from lora_lite.testing.layer_kind import LayerKindTests
 from lora_lite.testing.promise import NewPromiseWarning, Promise, Subject
 from lora_lite.testing.promises import PROMISES
 from lora_lite.testing.suite import VariantTests
 
-__all__ = ["PROMISES", "Case", "NewPromiseWarning", "Promise", "Subject", "VariantTests"]
+__all__ = ["PROMISES", "Case", "LayerKindTests", "NewPromiseWarning", "Promise", "Subject", "VariantTests"]

@@ -12,13 +12,15 @@ from hypothesis.strategies import SearchStrategy
 
 from lora_lite.testing.promise import NewPromiseWarning, Promise, Subject
 from lora_lite.testing.promises import PROMISES
+from lora_lite.testing.sealed import refuse_replaced
 from lora_lite.variant import Variant
 
 TESTS = {f"test_{name}": promise for name, promise in PROMISES.items()}
 
 
 class VariantTests:
-    """Every promise of the contract, one test each: subclass it as `TestMyVariant`, and set `variant`.
+    """Every promise of the contract, one test each: subclass it as `TestMyVariant`, and set `variant`. Its tests can be neither
+    overridden nor removed; a promise that cannot be kept is declared.
 
     Attributes:
         variant: an installed variant's name, or a `Variant` class.
@@ -40,12 +42,7 @@ def refuse_changes(cls: type[VariantTests]) -> None:
     """Raises a TypeError where a test is replaced, or a failure declared that cannot be. Asked when a class is made, and again
     by each of its tests, for the class may have been changed since.
     """
-    replaced = [name for name in TESTS if getattr(cls, name, None) is not getattr(VariantTests, name)]
-    if replaced:
-        raise TypeError(
-            f"{cls.__qualname__} replaces {', '.join(replaced)}: the suite's tests can be neither overridden nor removed. "
-            f"A promise that cannot be kept is declared: expected_failures = {{{replaced[0]!r}: 'reason'}}"
-        )
+    refuse_replaced(cls, VariantTests)
     for name, reason in cls.expected_failures.items():
         if name not in TESTS:
             raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")

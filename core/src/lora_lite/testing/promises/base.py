@@ -27,7 +27,7 @@ def base_is_untouched(case: Case) -> None:
     """
     model, x = case.model(), case.inputs(2, 3)
     model.blocks[0].get_submodule("back").requires_grad_(False)
-    before, output = _snapshot(model), model(x).detach()
+    before, output = snapshot(model), model(x).detach()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     with TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def base_is_untouched(case: Case) -> None:
         model(x).float().sum().backward()
         _unwritten(model, weights, "load")
     again.detach()
-    after = _snapshot(model)
+    after = snapshot(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags, "requires_grad differs after detach"
     assert after.keys() == before.keys(), f"left behind: {after.keys() - before.keys()}, lost: {before.keys() - after.keys()}"
     changed = [f"{key}: {before[key]} -> {after[key]}" for key in before if after[key] != before[key]]
@@ -62,7 +62,7 @@ def _unwritten(model: nn.Module, weights: dict[str, Tensor], when: str) -> None:
         same(parameters[name].detach(), value, f"base parameter {name} after {when}")
 
 
-def _snapshot(model: nn.Module) -> dict[str, Any]:
+def snapshot(model: nn.Module) -> dict[str, Any]:
     """What an adapter could leave a trace in. Gradients aside, which training leaves on whatever required one."""
     seen: dict[str, Any] = {"keys of the state dict": list(model.state_dict())}
     for path, module in model.named_modules():

@@ -32,8 +32,8 @@ def refuse_unfit(layer: Any) -> None:
     """Raises `LayerKindError` for a layer that cannot run, or runs with other weights than it was quantised from."""
     if _state(layer) is None:
         raise LayerKindError(
-            f"{layer} is not quantised yet: its weight is still {layer.weight.dtype}, and it cannot run. bitsandbytes quantises "
-            "a layer when it is moved to its device: call model.to(device) first ('cpu' is one too)"
+            f"{layer} is not quantised yet: its weight is still {layer.weight.dtype}, and it cannot run. bitsandbytes "
+            "quantises a layer when it is moved to its device: call model.to(device) first ('cpu' is one too)"
         )
     if not _is_right(layer):
         raise LayerKindError(

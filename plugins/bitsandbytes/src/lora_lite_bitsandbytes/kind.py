@@ -45,8 +45,8 @@ class BitsAndBytes(LayerKind):
         return w
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """What a 4-bit layer is told to compute in, else what it was quantised from. An 8-bit layer computes in the dtype of its
-        input, and float32 is what its codes and their scales give.
+        """What a 4-bit layer is told to compute in, else what it was quantised from. An 8-bit layer computes in the dtype of
+        its input, and float32 is what its codes and their scales give.
         """
         return four_bit.dtype(module) if isinstance(module, Linear4bit) else torch.float32
 

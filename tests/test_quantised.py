@@ -493,3 +493,45 @@ def test_transformers_trainer(pretrained: Callable[..., nn.Module], bits: int, t
     assert torch.equal(saved(input_ids=TOKENS).logits, control.train()(input_ids=TOKENS).logits)
     ll.load(control, file)
     assert torch.equal(control(input_ids=TOKENS).logits, trained)
+
+
+# --- libraries without a layer kind
+
+
+def by_torch_ao(model: nn.Module) -> None:
+    from torch.ao.nn.quantized import dynamic
+
+    layer = model.get_submodule("blocks.0")
+    layer.qconfig = torch.ao.quantization.default_dynamic_qconfig  # type: ignore[assignment]
+    model.blocks[0] = dynamic.Linear.from_float(layer)  # type: ignore[union-attr,index]
+
+
+def by_hqq(model: nn.Module) -> None:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    model.blocks[0] = hqq.HQQLinear(model.blocks[0], config, compute_dtype=torch.float32, device="cpu")  # type: ignore[union-attr,index]
+
+
+def by_quanto(model: nn.Module) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint4)
+    quanto.freeze(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("quantise", "cls"),
+    [
+        (by_torch_ao, r"torch\.ao\.nn\.quantized\.dynamic.*Linear"),
+        (by_hqq, r"hqq\.core.*HQQLinear"),
+        (by_quanto, r"optimum\.quanto.*QLinear"),
+    ],
+)
+def test_a_layer_that_nobody_teaches(quantise: Callable[[nn.Module], None], cls: str) -> None:
+    """The error says what kind of layer it is and how a kind is taught; nothing is read from packed weights."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 64)])})
+    quantise(model)
+    for variant in ("lora", "pissa"):
+        with pytest.raises(ll.LayerKindError, match=rf"(?s)Install the plugin.*lora_lite\.LayerKind.*blocks\.0: {cls}"):
+            ll.attach(model, variant, r=4)
+    assert "lora_default_A" not in dict(model.named_parameters())

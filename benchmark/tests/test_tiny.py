@@ -43,8 +43,8 @@ def test_the_same_call_returns_the_same_problems() -> None:
 
 
 def test_the_first_test_problem_is_the_same_on_every_machine() -> None:
-    question = "Gus has 7 blue sacks and 7 blue pails of nails. How many nails does Gus have now?"
-    answer = "Each blue sack holds 4: 7*4=28\nEach blue pail holds 4: 7*4=28\n28+28=56\n#### 56"
+    question = "Hana has 3 green buckets and 5 dry cartons of stamps. Hana sells 25 stamps. How many stamps does Hana have now?"
+    answer = "Each green bucket holds 8: 3*8=24\nEach dry carton holds 3: 5*3=15\n24+15=39\n39-25=14\n#### 14"
     assert test_problems(1) == [{"question": question, "answer": answer}]
 
 

@@ -10,7 +10,7 @@ independent facts. Two countries speak the same language and calculate in the sa
 which the size is the same in both:
 
 - `HOME` is what the shipped model was pretrained on,
-- `ABROAD` is what it is adapted to; only 600 of the 900 pairs are in use there.
+- `ABROAD` is what it is adapted to.
 
 An adapter must therefore store many facts. Neither the form of the answer nor the arithmetic is new to the model, so
 accuracy measures how much an adapter can hold.
@@ -61,10 +61,8 @@ def _sizes(seed: int, other: dict[tuple[str, str], int] | None = None) -> dict[t
     return {pair: random.choice([size for size in SIZES if size != taken.get(pair)]) for pair in PAIRS}
 
 
-ABROAD_LOOKS = LOOKS[:20]
-
 HOME = Country(_sizes(seed=1), parts=(1, 2, 3))
-ABROAD = Country({pair: size for pair, size in _sizes(seed=2, other=HOME.sizes).items() if pair[0] in ABROAD_LOOKS}, parts=(2,))
+ABROAD = Country(_sizes(seed=2, other=HOME.sizes), parts=(2,))
 
 
 def problem(country: Country, random: Random) -> tuple[str, str]:

@@ -1,7 +1,5 @@
 """One pass of calibration data, streamed to every site's observer."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Save and load: one adapter, one file, all or nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

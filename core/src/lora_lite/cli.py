@@ -1,12 +1,10 @@
 """The command `lora-lite`: variants, plan, inspect, new, conform."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,47 +33,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-lite", description="Adapters for PyTorch models.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    listing = commands.add_parser("variants", help="list the installed variants")
+
+    def command(run: Callable[[argparse.Namespace], str], about: str, **positional: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__.strip("_"), help=about)
+        added.set_defaults(run=run)
+        for name, text in positional.items():
+            added.add_argument(name, help=text)
+        return added
+
+    listing = command(_variants, "list the installed variants")
     listing.add_argument("--check", action="store_true", help="load each of them, and say which cannot be used and why")
-    listing.set_defaults(run=_variants)
-    planning = commands.add_parser("plan", help="show what attach would do, without loading weights")
-    planning.add_argument("model", help="a directory or hub id of a transformers model; only its configuration is read")
-    planning.add_argument("variant", help="an installed variant")
+    model = "a directory or hub id of a transformers model; only its configuration is read"
+    planning = command(_plan, "show what attach would do, without loading weights", model=model, variant="an installed variant")
     planning.add_argument("--targets", action="append", help="a regular expression on layer names; may be repeated")
     planning.add_argument("--exclude", action="append", help="likewise, taken away again")
     planning.add_argument("--layers", type=int, nargs="+", help="indices of the repeated blocks")
     planning.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the variant")
-    planning.set_defaults(run=_plan)
-    inspecting = commands.add_parser("inspect", help="show what a file holds, without its plugin or a model")
-    inspecting.add_argument("file")
-    inspecting.set_defaults(run=_inspect)
-    beginning = commands.add_parser("new", help="write the package of a new variant: code to replace, tests, CI, licence")
-    beginning.add_argument("name", help="such as my-method")
-    beginning.set_defaults(run=_new)
-    conforming = commands.add_parser("conform", help="hold a variant to every promise of the conformance suite")
-    conforming.add_argument("variant", help="an installed variant, or module:Class of a Variant or of a VariantTests")
-    conforming.set_defaults(run=_conform)
+    command(_inspect, "show what a file holds, without its plugin or a model", file="of an adapter")
+    command(_new, "write the package of a new variant: code to replace, tests, CI, licence", name="such as my-method")
+    variant = "an installed variant, or module:Class of a Variant or of a VariantTests"
+    command(_conform, "hold a variant to every promise of the conformance suite", variant=variant)
     return parser
 
 
 def _variants(options: argparse.Namespace) -> str:
-    rows = {i.name: f"{i.name:<18} {i.distribution} {i.version}  ({i.target})" for i in variants().values()}
-    broken = _broken(rows) if options.check else {}
-    table = "\n".join(f"{row}\n  cannot be used: {broken[name]}" if name in broken else row for name, row in rows.items())
-    if broken:
-        print(table)
-        raise LoraLiteError(f"{len(broken)} of {len(rows)} variants cannot be used: {', '.join(broken)}")
-    return table or "no variant is installed; try pip install lora-lite-lora"
-
-
-def _broken(names: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
+    rows, broken = [], []
+    for info in variants().values():
+        rows.append(f"{info.name:<18} {info.distribution} {info.version}  ({info.target})")
         try:
-            variant_class(name)
+            variant_class(info.name) if options.check else None
         except LoraLiteError as error:
-            found[name] = str(error)
-    return found
+            broken.append(info.name)
+            rows.append(f"  cannot be used: {error}")
+    if broken:
+        print(*rows, sep="\n")
+        raise LoraLiteError(f"{len(broken)} of {len(variants())} variants cannot be used: {', '.join(broken)}")
+    return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
 
 
 def _new(options: argparse.Namespace) -> str:

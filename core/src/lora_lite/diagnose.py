@@ -1,7 +1,5 @@
 """`check`: does every hook fire, does every parameter get a gradient?"""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Every error of lora-lite. Each says what was given, what was expected, and the way out."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 
@@ -51,7 +49,7 @@ class SiteError(LoraLiteError, ValueError):
         self.field = field
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[SiteError], tuple[str, str]]:
+    def __reduce__(self) -> "tuple[type[SiteError], tuple[str, str]]":
         return type(self), (self.field, self.reason)
 
 

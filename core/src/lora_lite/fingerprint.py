@@ -8,8 +8,6 @@ A probe aᵀ T b with random a, b tells whether a tensor that was left out of a 
 again; one flipped column is seen, rounding between thread counts is not.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The top-r singular value decomposition that several plugins share, with a fixed sign convention."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

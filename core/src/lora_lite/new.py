@@ -1,7 +1,5 @@
 """`lora-lite new`: a package to begin a variant with. It is the folder `template/`, with its names exchanged."""
 
-from __future__ import annotations
-
 import re
 from importlib import metadata
 from keyword import iskeyword

@@ -1,7 +1,5 @@
 """Between an adapter's tensors on the layers and the flat `{"path.tensor": tensor}` of a state dict: strict both ways."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Which layers an adapter goes to, and `plan`: the answer as a table, without touching the model."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -137,6 +138,24 @@ class HalvesItsField(Sound, name="halves_its_field"):
     strength: Annotated[float, AfterValidator(lambda value: value / 2)] = 1.0
 
 
+@caught_by("fits_most_draws", r"(?s)refuses .* of .* draws.*an even rank of at least 8")
+class ChecksLateWhatItsFieldAllows(Sound, name="checks_late_what_its_field_allows"):
+    def tensors(self, site):
+        if self.r % 8:
+            raise SiteError("r", "expected an even rank of at least 8")
+        return super().tensors(site)
+
+
+@caught_by("fields_survive_json", r"became .*widths=\[1, 2\]")
+class HoldsWhatJsonDoesNotHave(Sound, name="holds_what_json_does_not_have"):
+    widths: Any = (1, 2)
+
+
+@caught_by("fields_survive_json", r"unhashable type: 'list'")
+class HasAMutableDefault(Sound, name="has_a_mutable_default"):
+    gains: list[float] = [1.0]
+
+
 @caught_by("bad_fields_are_refused", r"no_such_field=1 was accepted")
 class IgnoresUnknownFields(Sound, name="ignores_unknown_fields"):
     model_config = ConfigDict(extra="ignore")
@@ -172,6 +191,19 @@ class RightForSquareLayersOnly(Sound, name="right_for_square_layers_only"):
         return {"A": torch.randn(self.r, site.d_out, generator=rng("A")), "B": torch.zeros(site.d_out, self.r)}
 
 
+@caught_by("start_is_not_better_than_declared", r"zero_start=True\) declares identity 'none', yet")
+class ExcusesItselfForAllFields(Sound, name="excuses_itself_for_all_fields"):
+    zero_start: bool = True
+
+    @property
+    def identity(self):
+        return "none"
+
+    def init(self, site, derived, statistics, rng):
+        b = torch.zeros(site.d_out, self.r) if self.zero_start else torch.randn(site.d_out, self.r, generator=rng("B"))
+        return {**super().init(site, derived, statistics, rng), "B": b}
+
+
 @caught_by("start_is_not_better_than_declared", r"declares identity 'none'")
 class ExcusesItselfFromTheStart(Sound, name="excuses_itself_from_the_start"):
     @property
@@ -184,6 +216,20 @@ class CachesOnTheModule(Sound, name="caches_on_the_module"):
     def delta_output(self, site, t, x, y):
         site._module.last_norm = x.detach().norm()
         return super().delta_output(site, t, x, y)
+
+
+@caught_by("only_declared_tensors_appear", r"undeclared: .*extra")
+class AddsAParameterByItself(Sound, name="adds_a_parameter_by_itself"):
+    def init(self, site, derived, statistics, rng):
+        site._module.extra = torch.nn.Parameter(torch.zeros(site.d_out))
+        return super().init(site, derived, statistics, rng)
+
+
+@caught_by("parameters_are_as_counted", r"meta")
+class ChoosesItsRankByTheWeights(Sound, name="chooses_its_rank_by_the_weights"):
+    def tensors(self, site):
+        r = int((torch.linalg.svdvals(site.weight()) > 1).sum())
+        return {"A": TensorSpec((r, site.d_in)), "B": TensorSpec((site.d_out, r))}
 
 
 @caught_by("parameters_are_as_counted", r"meta")
@@ -213,6 +259,32 @@ class MakesAThrowawayLayer(Sound, name="makes_a_throwaway_layer"):
         return super().init(site, derived, statistics, rng)
 
 
+class _Derives(Sound):
+    def tensors(self, site):
+        return {**super().tensors(site), "U": TensorSpec((site.d_out, 1), trainable=False, derived=True)}
+
+
+@caught_by("derived_tensors_come_again", r"U, derived with other signs of a decomposition")
+class LeavesSignsToTheMachine(_Derives, name="leaves_signs_to_the_machine"):
+    def derive(self, site):
+        return {"U": torch.linalg.svd(site.weight(), full_matrices=False).U[:, :1]}
+
+
+@caught_by("derived_tensors_come_again", r"U, derived with other signs of a decomposition")
+class LeavesSignsOfTheGramMatrix(_Derives, name="leaves_signs_of_the_gram_matrix"):
+    def derive(self, site):
+        return {"U": torch.linalg.eigh(site.matmul(site.weight())).eigenvectors[:, [-min(site.d_in, site.d_out)]]}
+
+
+@caught_by("derived_tensors_come_again", r"P, derived on a copy")
+class DerivesByPlace(Sound, name="derives_by_place"):
+    def tensors(self, site):
+        return {**super().tensors(site), "P": TensorSpec((site.d_in,), trainable=False, derived=True)}
+
+    def derive(self, site):
+        return {"P": site.weight().norm(dim=0) * (1 + id(site._module) % 97)}
+
+
 @caught_by("derived_tensors_come_again", r"derive, called again: P")
 class DerivesAtRandom(Sound, name="derives_at_random"):
     def tensors(self, site):
@@ -220,6 +292,27 @@ class DerivesAtRandom(Sound, name="derives_at_random"):
 
     def derive(self, site):
         return {"P": torch.rand(self.r)}
+
+
+@caught_by("adapter_is_freed", r"modules of a deleted model with an adapter are still held")
+class KeepsAClosure(Sound, name="keeps_a_closure"):
+    undo: ClassVar[list[Any]] = []
+
+    def init(self, site, derived, statistics, rng):
+        self.undo.append(lambda: site.weight())
+        return super().init(site, derived, statistics, rng)
+
+
+@caught_by("adapter_is_freed", r"tensors of a detached adapter are still held")
+class KeepsTheLastTensors(Sound, name="keeps_the_last_tensors"):
+    last: ClassVar[dict[str, Tensor]] = {}
+
+    def penalty(self, site, t):
+        return sum(p.square().mean() for p in self.last.values()) if self.last else None
+
+    def delta_output(self, site, t, x, y):
+        self.last.update(t)
+        return super().delta_output(site, t, x, y)
 
 
 @caught_by("adapter_is_freed", r"are still held")
@@ -238,6 +331,72 @@ class KeepsItsSites(Sound, name="keeps_its_sites"):
 class LeaksFloat32(Sound, name="leaks_float32"):
     def delta_output(self, site, t, x, y):
         return super().delta_output(site, t, x, y).float()
+
+
+@caught_by("output_is_of_the_bases_kind", r"float64.* for an activation of (float32|bfloat16)")
+class LeaksFloat64(Sound, name="leaks_float64"):
+    factors: ClassVar[Any] = np.ones(1)
+
+    def delta_output(self, site, t, x, y):
+        return super().delta_output(site, t, x, y) * torch.from_numpy(self.factors)
+
+
+@caught_by("output_is_of_the_bases_kind", r"float32.* for an activation of bfloat16")
+class HasADtypeFromImport(Sound, name="has_a_dtype_from_import"):
+    one: ClassVar[Tensor] = torch.ones(1)
+
+    def delta_output(self, site, t, x, y):
+        return super().delta_output(site, t, x, y) * self.one
+
+
+@caught_by("computes_where_its_tensors_are", r"is not on the expected device meta|on the same device")
+class HasADeviceFromImport(Sound, name="has_a_device_from_import"):
+    one: ClassVar[Tensor] = torch.ones(1)
+
+    def delta_output(self, site, t, x, y):
+        return super().delta_output(site, t, x, y) * self.one.to(x.dtype)
+
+
+@caught_by("computes_where_its_tensors_are", r"on the device meta, these were computed elsewhere: {'factor': 'cpu'}")
+class PreparesOnTheCpu(Sound, name="prepares_on_the_cpu"):
+    def prepare(self, site, t):
+        return {"factor": torch.tensor(self.gain, dtype=site.dtype)}
+
+    def delta_output(self, site, t, x, y):
+        return t["factor"] * super().delta_output(site, t, x, y)
+
+
+class _FromY(Sound):
+    """Δy = g ⊙ W x, as the formula means it, computed from y."""
+
+    def tensors(self, site):
+        return {"g": TensorSpec((site.d_out,))}
+
+    def init(self, site, derived, statistics, rng):
+        return {"g": torch.zeros(site.d_out)}
+
+    def macs_per_token(self, site):
+        return 0
+
+
+@caught_by("bias_goes_through", r"acts_on_bias is False; the output at x = 0")
+class ScalesTheBias(_FromY, name="scales_the_bias"):
+    def delta_output(self, site, t, x, y):
+        return t["g"] * y
+
+
+@caught_by("bias_goes_through", r"acts_on_bias is True; the output at x = 0, against the bias: expected a difference")
+class SaysItActsOnTheBias(_FromY, name="says_it_acts_on_the_bias"):
+    acts_on_bias: ClassVar[bool] = True
+
+    def delta_output(self, site, t, x, y):
+        return t["g"] * (y - site.bias().to(y.dtype) if site.has_bias else y)
+
+
+@caught_by("start_matches_identity", r"this site has no bias")
+class ExpectsABias(_FromY, name="expects_a_bias"):
+    def delta_output(self, site, t, x, y):
+        return t["g"] * (y - site.bias().to(y.dtype))
 
 
 @caught_by("gradients_agree_with_finite_differences", r"gradient by lora_default_A disagrees")
@@ -480,6 +639,35 @@ class DrawsAgainOnLoading(Sound, name="draws_again_on_loading"):
         return {"A": torch.randn(self.r, site.d_in), **saved}
 
 
+class _Frozen(Sound):
+    def tensors(self, site):
+        return {**super().tensors(site), "m": TensorSpec((site.d_in,), trainable=False)}
+
+    def init(self, site, derived, statistics, rng):
+        return {**super().init(site, derived, statistics, rng), "m": torch.rand(site.d_in, generator=rng("m"))}
+
+    def delta_output(self, site, t, x, y):
+        return super().delta_output(site, t, x * t["m"], y)
+
+
+@caught_by("save_and_load_are_bitwise", r"the output after loading: expected the same bits")
+class ForgetsAFrozenTensor(_Frozen, name="forgets_a_frozen_tensor"):
+    def state_dict(self, site, t):
+        return {name: value for name, value in t.items() if name != "m"}
+
+    def load_state_dict(self, site, saved):
+        return {**saved, "m": torch.ones(site.d_in, dtype=site.dtype)}
+
+
+@caught_by("save_and_load_are_bitwise", r"the output after loading: expected the same bits")
+class SavesInHalf(Sound, name="saves_in_half"):
+    def state_dict(self, site, t):
+        return {name: value.half() for name, value in t.items()}
+
+    def load_state_dict(self, site, saved):
+        return {name: value.float() for name, value in saved.items()}
+
+
 @caught_by("another_process_loads_the_same", r"output of another process")
 class KeepsNumbersInTheClass(Sound, name="keeps_numbers_in_the_class"):
     norms: ClassVar[dict[str, float]] = {}
@@ -544,6 +732,23 @@ class DrawsFromPythonsRandom(Sound, name="draws_from_pythons_random"):
     def delta_output(self, site, t, x, y):
         noise = 1 + random.random() if site.training else 1.0
         return super().delta_output(site, t, x, y) * noise
+
+
+@caught_by("checkpointing_changes_nothing", r"with checkpointing, against without")
+class CountsItsCalls(Sound, name="counts_its_calls"):
+    calls: ClassVar[list[int]] = [0]
+
+    def delta_output(self, site, t, x, y):
+        self.calls[0] += site.training
+        return super().delta_output(site, t, x, y) / self.calls[0] if site.training else super().delta_output(site, t, x, y)
+
+
+@caught_by("compiles_whole_and_once", r"data-dependent")
+class LooksAtAValue(Sound, name="looks_at_a_value"):
+    def delta_output(self, site, t, x, y):
+        if float(t["B"].detach().abs().max()) > 1e9:
+            raise ValueError("diverged")
+        return super().delta_output(site, t, x, y)
 
 
 @caught_by("compiles_whole_and_once", r"Data-dependent|data-dependent")

@@ -157,6 +157,7 @@ class Variant(BaseModel):
     recommended_lr: ClassVar[float] = 1e-3
     default_targets: ClassVar[tuple[str, ...]] = ()
     detached: ClassVar[tuple[str, ...]] = ()
+    acts_on_bias: ClassVar[bool] = False
 
     # --- init
 

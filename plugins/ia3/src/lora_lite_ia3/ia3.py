@@ -25,6 +25,7 @@ class IA3(Variant, name="ia3"):
     """A gate on every output of a layer, by default of the key and value projections. It has no fields."""
 
     recommended_lr: ClassVar[float] = 1e-2
+    acts_on_bias: ClassVar[bool] = True
     # Llama, Qwen, Gemma, OPT, BART, Whisper; BERT, RoBERTa, ViT; DistilBERT; T5. A fused projection holds the queries as well,
     # which the paper does not gate: name it in targets= to gate them all.
     default_targets: ClassVar[tuple[str, ...]] = (r"(^|\.)(k_proj|v_proj|key|value|k_lin|v_lin|k|v)$",)

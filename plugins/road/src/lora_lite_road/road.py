@@ -37,6 +37,7 @@ class ROAD(Variant, name="road"):
     """
 
     recommended_lr: ClassVar[float] = 1e-2
+    acts_on_bias: ClassVar[bool] = True
 
     sharing: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64

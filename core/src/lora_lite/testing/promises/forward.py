@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +123,46 @@ def empty_batch_gives_empty_output(case: Case) -> None:
 
 
 @promise(examples=8)
+def bias_goes_through(case: Case) -> None:
+    """Where x is zero, the adapted layer gives its bias b, as the base does; a method whose formula scales, turns or shifts b
+    says so with `acts_on_bias = True`, and does change it.
+
+    Most formulas change W alone. Usually broken by a delta that is computed from y = W x + b where the formula means W x:
+    then subtract `site.bias()` first, where `site.has_bias`.
+    """
+    case = case.but(dtype=torch.float64, bias=True)
+    layer, plain = _layer(case, dtype=torch.float64), _plain(case)
+    x = torch.zeros(2, 3, case.d_in, dtype=torch.float64)
+    with torch.no_grad():
+        if case.variant.acts_on_bias:
+            differs(layer(x), plain(x), "acts_on_bias is True; the output at x = 0, against the bias")
+        else:
+            close(layer(x), plain(x), "acts_on_bias is False; the output at x = 0, against the bias")
+
+
+@promise(examples=6)
+def computes_where_its_tensors_are(case: Case) -> None:
+    """`prepare` and the deltas compute on the device of their arguments, and give results there. The meta device stands for
+    another one.
+
+    A method that is written on one machine runs on another. Usually broken by a constant that is made at import, by
+    torch.zeros(...) or torch.arange(...) without `device`, or by `.cpu()`, `.item()` and numpy.
+    """
+    model = case.model()
+    adapter = case.trained(model, layers=0)
+    path, variant = next(iter(adapter.sites.items()))
+    t = {name: value.to("meta") for name, value in _read(variant, case.sites(model)[path], model.layer).items()}
+    x, y = case.inputs(2, 3).to("meta"), case.but(d_in=case.d_out).inputs(2, 3).to("meta")
+    site = case.sites(model.to("meta"))[path]
+    with torch.no_grad(), _autocast_on_meta():
+        prepared = _prepared(variant, site, t)
+        deltas = _deltas(variant, site, {**t, **prepared}, x, y)
+    found = {**prepared, "Δx": deltas[0], "Δy": deltas[1]}
+    elsewhere = {name: str(value.device) for name, value in found.items() if value is not None and not value.is_meta}
+    assert not elsewhere, f"of arguments on the device meta, these were computed elsewhere: {elsewhere}"
+
+
+@promise(examples=8)
 def works_under_autocast(case: Case) -> None:
     """Under bfloat16 autocast a float32 base gives what the base gives there in dtype, the adapter's output up to bfloat16
     rounding, and gradients in the parameters' own dtype.
@@ -234,6 +277,18 @@ def _read(variant: Variant, site: Site, layer: nn.Module) -> dict[str, Tensor]:
     dtypes = {"activation": site.dtype, "float32": torch.promote_types(site.dtype, torch.float32)}
     specs = variant.tensors(site)
     return {name: _cast(layer.get_parameter(f"lora_default_{name}"), dtypes[spec.compute]) for name, spec in specs.items()}
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Lets torch.autocast("meta"), which torch does not know, do nothing: as torch.autocast("cpu") does to tensors on meta."""
+    make = torch.autocast.__init__
+
+    def on_cpu(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    with patch.object(torch.autocast, "__init__", on_cpu):
+        yield
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

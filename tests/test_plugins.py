@@ -17,6 +17,8 @@ import torch
 from lora_lite import plugins
 from torch import nn
 
+ROOT = Path(__file__).parents[1]
+
 GOOD = """
 import torch, lora_lite as ll
 
@@ -336,6 +338,19 @@ def test_variants_check_shows_each_with_its_reason(strangers: dict[str, str]) ->
         assert re.search(reason, reasons[name]), f"{name}: {reasons[name]}"
     assert [line.split()[0] for line in checked.stdout.splitlines() if not line.startswith("  ")] == names
     assert checked.stderr.startswith(f"lora-lite: {len(REASONS)} of {len(names)} variants cannot be used: broken, exits")
+
+
+# --- our own
+
+
+def test_the_extra_all_is_every_plugin_of_ours() -> None:
+    """`pip install lora-lite-core[all]` brings every folder of plugins/; the install hints name no other distribution."""
+    ours = {f"lora-lite-{folder.parent.name}" for folder in (ROOT / "plugins").glob("*/pyproject.toml")}
+    extra = re.search(r"^all = \[(.*?)^\]", (ROOT / "core/pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert extra
+    assert sorted(re.findall(r'"(.*?)"', extra[1])) == sorted(ours)
+    assert {name: ll.variants()[name].distribution for name in plugins.FIRST_PARTY} == plugins.FIRST_PARTY
+    assert set(plugins.FIRST_PARTY.values()) <= ours
 
 
 # --- what an import pulls in, each in a process of its own

@@ -3,9 +3,11 @@ by the test that is meant for it; and the suite cannot be talked out of a test.
 """
 
 import random
+import re
 import warnings
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -784,6 +786,12 @@ def test_every_promise_says_what_why_and_what_breaks_it() -> None:
         paragraphs = promise.text.split("\n\n")
         assert len(paragraphs) == 2, promise.name
         assert "Usually broken" in paragraphs[1].replace("\n", " "), promise.name
+
+
+def test_the_contract_page_has_every_promise() -> None:
+    page = (Path(__file__).parents[1] / "docs/contract.md").read_text().split("## Promises")[1]
+    expected = {name: " ".join(promise.text.split("\n\n")[0].split()) for name, promise in PROMISES.items()}
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == expected
 
 
 def test_a_strategy_of_one_point_is_caught() -> None:

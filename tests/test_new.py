@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from lora_lite.cli import main
+from lora_lite.testing import PROMISES
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,16 +46,31 @@ def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
     return done.stdout
 
 
+def install_and_test(package: Path) -> Path:
+    """Installs a package into a folder beside it, and runs its tests there, which must pass without a warning."""
+    installed = package.parent / "installed"
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", installed]
+    python("-m", "pip", "install", *options, package, cwd=package)
+    tests = python("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=package, path=installed)
+    assert re.search(rf"^=+ {len(PROMISES) + 1} passed in \S+ =+$", tests, re.MULTILINE), tests
+    return installed
+
+
 def test_the_package_installs_keeps_every_promise_and_attaches_by_name(write: Write, tmp_path: Path) -> None:
     """A new method's first minutes: write the package, install it, run its tests, attach it."""
-    package, installed = write("my-method"), tmp_path / "installed"
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", installed]
-    python("-m", "pip", "install", *options, package, cwd=tmp_path)
+    installed = install_and_test(write("my-method"))
     told = python("-c", LAST_LINE, cwd=tmp_path, path=installed)
     assert told.split() == ["my_method(r=4,", "s=2.0)", "56", "lora-lite-my-method"]
-    tests = python("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=package, path=installed)
-    assert " passed" in tests
-    assert "warning" not in tests
+
+
+def test_the_tutorial_leads_to_a_package_that_keeps_every_promise(write: Write) -> None:
+    """The two files that the page on writing a variant gives, put where it says, are all that VeRA needs."""
+    page = (ROOT / "docs/writing-a-variant.md").read_text()
+    method, _, tests, *_ = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    package = write("vera")
+    (package / "src/lora_lite_vera/vera.py").write_text(method)
+    (package / "tests/test_vera.py").write_text(tests)
+    install_and_test(package)
 
 
 def test_the_package_is_formatted_linted_and_typed(write: Write) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lite_bitsandbytes import eight_bit, four_bit
 
 # Weights that are dense at one time, but where all of W is asked for.
-BLOCK = 2**22
+BLOCK = 2**20
 
 
 class BitsAndBytes(LayerKind):

@@ -9,7 +9,7 @@ A trap: on CPUs with AVX512-bf16, a forward in eval mode whose input needs no gr
 rearranges the codes and rounds the scales to bfloat16. From then on, in training mode too, the layer gives its input no
 gradient, and its codes are not in the order of W; shapes that the arrangement does not fit stop the forward.
 
-Another: the AVX-512 kernel that turns codes into weights (from 0.49) takes scales of other blocks where the rows of W do not
+Another: the AVX-512 kernel that turns codes into weights takes scales of other blocks where the rows of W do not
 hold whole blocks. Read as one long row, W comes out right.
 """
 
@@ -23,7 +23,7 @@ from bitsandbytes import functional
 from lora_lite import LayerKindError
 from torch import Tensor
 
-# bitsandbytes' flag on a layer (from 0.49): whether it may pack itself. BEFORE: what `keep_plain` found, for `let_pack`.
+# bitsandbytes' flag on a layer: whether it may pack itself. BEFORE: what `keep_plain` found, for `let_pack`.
 MAY_PACK = "support_avx512bf16_for_cpu"
 BEFORE = "_lora_lite_before"
 

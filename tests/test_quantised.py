@@ -368,7 +368,7 @@ def test_a_base_that_was_packed_before(base: Callable[..., nn.Module], name: str
     """
     model, control, plain = base(name), base(name), base(name)
     evaluate(model), evaluate(control)
-    layer, original = model.get_submodule("blocks.0.up"), KIND.weight(plain.get_submodule("blocks.0.up"))
+    layer, original = model.get_submodule("blocks.0.down"), KIND.weight(plain.get_submodule("blocks.0.down"))
     w = KIND.weight(layer)
     torch.testing.assert_close(w, original, rtol=2**-8, atol=0)
     assert KIND.dtype(layer) == torch.float32

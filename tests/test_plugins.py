@@ -266,7 +266,7 @@ REASONS = {
     "instance": r"'instance' of stranger-instance 1\.5 .* gives Shift\(size=0\.5\); expected a subclass of lora_lite",
     "renamed": r"'renamed' of stranger-renamed 1\.5 .* gives Shift, whose name is 'shift'; its author must make the entry",
     "field": r"'field' of stranger-field 1\.5 .* VariantDefinitionError: Shift: the field 'penalty' shadows Variant\.penalty",
-    "word": r"'word' of stranger-word 1\.5 .* Shift: a field cannot be called 'layers', which is an argument of attach\(\)",
+    "word": r"'word' of stranger-word 1\.5 .* Shift: the field 'layers' is an argument of attach\(\)",
     "generic": r"'generic' of stranger-generic 1\.5 .* Shift: a variant cannot be generic",
 }
 

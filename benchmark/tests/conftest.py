@@ -75,7 +75,7 @@ def make_config(settings: dict[str, Any]) -> Callable[..., RunConfig]:
     """`make_config("lora:r=2", steps=3)`: the config of a row, with overrides."""
 
     def make(row: str = "lora", **overrides: Any) -> RunConfig:
-        return resolve(Preset.load("tiny"), row, **{**settings, **overrides})
+        return resolve(Preset.load("tiny"), row, **{"layers": None, **settings, **overrides})
 
     return make
 

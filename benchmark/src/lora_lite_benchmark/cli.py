@@ -138,6 +138,8 @@ def _overrides(options: argparse.Namespace, preset: Preset) -> dict[str, Any]:
             values[split] = Source.parse(text, split)
         if (count := getattr(options, f"{split}_count")) is not None:
             values[split] = {**(values.get(split) or preset.run.get(split) or {}), "count": count}
+    if options.model and options.layers is None:
+        values["layers"] = None  # the preset's are its own model's
     if (options.train or options.test) and not options.validation:
         values["validation"] = None  # the preset's would be other questions
     if options.no_test:

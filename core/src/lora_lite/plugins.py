@@ -90,8 +90,10 @@ def variant_class(name: str) -> type[Variant]:
     loaded = _load(points[name], Variant)
     if loaded.name != name:
         raise PluginError(
-            f"{VARIANTS} {name!r} of {' '.join(_source(points[name][0])[:2])} gives {loaded.__qualname__}, whose name is "
-            f"{loaded.name!r}; its author must make the entry point and `class {loaded.__qualname__}(Variant, name=...)` agree"
+            "{} {!r} of {} {} ({}) gives {cls}, whose name is {own!r}; its author must make the entry point and "
+            "`class {cls}(Variant, name=...)` agree".format(
+                VARIANTS, name, *_source(points[name][0]), cls=loaded.__qualname__, own=loaded.name
+            )
         )
     _manager.register(loaded, name=f"{VARIANTS}:{name}")
     return loaded

@@ -62,7 +62,7 @@ def refuse_wrapped(root: nn.Module) -> None:
     if wrapped or any(is_dtensor(p) for p in root.parameters()):
         what = "is wrapped in DistributedDataParallel" if wrapped else "has sharded parameters (DTensor)"
         raise AdapterError(
-            f"the model {what}: attach, load and detach on the module itself before it is wrapped or fully_shard() is called, "
+            f"the model {what}: attach, load and detach on the module itself, before it is wrapped and before fully_shard(), "
             "or gradients of the adapter would silently not be reduced"
         )
 

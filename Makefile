@@ -7,7 +7,7 @@ MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproj
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test test-slow check format lint types docs wheels isolate figures clean
+.PHONY: help demo test test-slow check format lint types docs wheels isolate new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,8 +41,11 @@ wheels: $(INSTALLED)  ## Build the wheel of every distribution into dist/
 	rm -rf dist
 	for member in $(MEMBERS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$member || exit 1; done
 
-isolate: wheels  ## Try the wheels in clean environments with only what they declare
+isolate: wheels  ## Try wheels and plugins' tests in clean environments: with only what they declare, and its lowest versions
 	$(BIN)/python -m pytest -m slow tests/test_wheels.py
+
+new: $(INSTALLED)  ## Write the package of a new variant beside this folder: make new NAME=my-method
+	cd .. && "$(CURDIR)/$(BIN)/lora-lite" new "$(NAME)"
 
 figures: $(INSTALLED)  ## Measure the performance figures: attach, load, steps, SVD, import
 	for part in imports attach svd step; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done

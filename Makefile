@@ -42,7 +42,7 @@ wheels: $(INSTALLED)  ## Build the wheel of every distribution into dist/
 	for member in $(MEMBERS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$member || exit 1; done
 
 isolate: wheels  ## Try wheels and plugins' tests in clean environments: with only what they declare, and its lowest versions
-	$(BIN)/python -m pytest -m slow tests/test_wheels.py
+	$(BIN)/python -m pytest -m slow tests/test_wheels.py $(ISOLATE)
 
 new: $(INSTALLED)  ## Write the package of a new variant beside this folder: make new NAME=my-method
 	cd .. && "$(CURDIR)/$(BIN)/lora-lite" new "$(NAME)"

@@ -330,10 +330,7 @@ def test_a_format_without_upgrade_says_so(blocks: Make, tmp_path: Path, untouche
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = json.loads(file.metadata()["lora_lite"]) | {"variant_format": 2}
     save_file(tensors, tmp_path / "b", {"lora_lite": json.dumps(header)})
-    with (
-        untouched(fresh := blocks()),
-        pytest.raises(ll.LoraLiteError, match="of format 3 has no upgrade from format 2"),
-    ):
+    with untouched(fresh := blocks()), pytest.raises(ll.LoraLiteError, match="of format 3 has no upgrade from format 2"):
         ll.load(fresh, tmp_path / "b", variant=New)
 
 

@@ -106,15 +106,12 @@ def test_core_and_one_plugin_work_with_only_what_they_declare(python: Path, tmp_
     assert run(python.parent / "lora-lite", "variants").split()[0] == "antipasto"
 
 
-def test_every_plugin_installs_beside_the_core(python: Path, wheels: Path, tmp_path: Path) -> None:
+def test_every_plugin_installs_beside_the_core(python: Path, wheels: Path) -> None:
     """Each imports, `variants` lists them all, and nobody's requirements disagree."""
     plugins = [wheel for wheel in wheels.glob("*.whl") if "benchmark" not in wheel.name and "core" not in wheel.name]
     run(python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, "--find-links", wheels, *plugins)
-    listed = run(python.parent / "lora-lite", "variants").splitlines()
-    load = "import sys; from lora_lite.plugins import variant_class; print(variant_class(sys.argv[1]).name)"
-    for name in (line.split()[0] for line in listed):
-        assert run(python, "-c", load, name, cwd=tmp_path).strip() == name
-    assert len(listed) >= len(plugins)
+    checked = run(python.parent / "lora-lite", "variants", "--check").splitlines()
+    assert {line.split()[1] for line in checked} >= {"lora-lite-antipasto", "lora-lite-lora", "lora-lite-lora-xs"}
     run(python, "-m", "pip", "check")
 
 

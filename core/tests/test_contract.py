@@ -444,6 +444,25 @@ def test_start_values_depend_on_seed_path_and_name_alone(blocks: Make) -> None:
     assert not torch.equal(everywhere["blocks.0.up.k"], everywhere["blocks.1.up.k"])
 
 
+def test_stored_tensors_have_the_strides_of_loaded_ones(blocks: Make, tmp_path: Path) -> None:
+    """A column taken from a transposed matrix counts as contiguous whatever its strides; products over it would differ in the
+    last bit from those over what a file gives back.
+    """
+
+    class Column(Plain, name="column"):
+        def tensors(self, site: Site) -> dict[str, TensorSpec]:
+            return {"v": TensorSpec((site.d_out, 1))}
+
+        def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+            return {"v": torch.zeros(1, site.d_out).T}
+
+    model, again = blocks(), blocks()
+    ll.attach(model, Column()).save(tmp_path / "file")
+    loaded = dict(ll.load(again, tmp_path / "file", variant=Column).named_parameters())
+    for name, stored in ll.adapters(model)["default"].named_parameters():
+        assert stored.stride() == loaded[name].stride() == (1, 1)
+
+
 # --- variants written anywhere
 
 

@@ -33,7 +33,8 @@ def own_copies(
     module = placement.module
     device = next(t for own in (module.parameters, module.buffers) for t in own(recurse=False)).device
     return {
-        name: values[name].detach().to(device=device, dtype=dtype, copy=True).contiguous() for name, dtype in dtypes.items()
+        name: values[name].detach().to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, dtype in dtypes.items()
     }
 
 

@@ -40,6 +40,12 @@ class LowUp(Low, name="low_up"):
     default_targets = ("up$",)
 
 
+class LowBoth(Low, name="low_both"):
+    """The same, with two patterns by default."""
+
+    default_targets = ("up$", "down$")
+
+
 def sites(model: nn.Module, variant: Variant | None = None, **arguments: Any) -> list[str]:
     """The paths that plan chooses."""
     return [p.spot.path for p in ll.plan(model, variant or Low(), **arguments).placements]
@@ -50,6 +56,13 @@ def test_default_is_every_linear_layer_of_the_repeated_blocks(blocks: Make) -> N
     assert sites(blocks()) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert sites(blocks(), LowUp()) == ["blocks.0.up", "blocks.1.up"]
     assert sites(blocks(), LowUp(), targets="stem") == ["stem"]
+
+
+def test_exclude_may_take_away_all_of_one_default_pattern(blocks: Make) -> None:
+    """The patterns are the variant's, not the user's: what is left of them together counts. A user's own is missed."""
+    assert sites(blocks(), LowBoth(), exclude="down") == ["blocks.0.up", "blocks.1.up"]
+    with pytest.raises(ll.TargetError, match=r"one of its patterns:\n  blocks\.0\.down\n  blocks\.1\.down\n"):
+        sites(blocks(), targets=["up$", "down$"], exclude="down")
 
 
 @pytest.mark.parametrize(

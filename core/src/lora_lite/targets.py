@@ -115,7 +115,7 @@ def plan(
     chosen = make_variant(variant, fields)
     root = root_of(model)
     found = find_layers(root)
-    selected = _select(root, found, chosen.default_targets or None if targets is None else targets, exclude, layers)
+    selected = _select(root, found, chosen, targets, exclude, layers)
     return Plan(chosen, place(_overridden(chosen, selected, overrides)), tuple(_unreachable(root, found)))
 
 
@@ -207,16 +207,27 @@ def find_layers(root: nn.Module) -> list[Layer]:
 def _blocks(paths: list[str], lists: set[str]) -> Iterator[int]:
     """The index of the outermost repeated block, for each path that lies in one."""
     for parts in (path.split(".") for path in paths):
-        inside = [int(parts[depth]) for depth in range(len(parts)) if ".".join(parts[:depth]) in lists]
-        yield from inside[:1]
+        depth = next((depth for depth in range(len(parts)) if ".".join(parts[:depth]) in lists), None)
+        if depth is not None:
+            yield int(parts[depth])
 
 
 def _select(
-    root: nn.Module, found: list[Layer], targets: Patterns, exclude: Patterns, layers: int | Iterable[int] | None
+    root: nn.Module,
+    found: list[Layer],
+    variant: Variant,
+    targets: Patterns,
+    exclude: Patterns,
+    layers: int | Iterable[int] | None,
 ) -> list[Layer]:
-    groups = [{layer for layer in found if layer.blocks}] if targets is None else _matches(targets, found, "targets")
     if not found:
         raise TargetError(f"{type(root).__name__} has no linear layer")
+    if targets is not None:
+        groups = _matches(targets, found, "targets")
+    elif variant.default_targets:
+        groups = [set().union(*_matches(variant.default_targets, found, "targets"))]
+    else:
+        groups = [{layer for layer in found if layer.blocks}]
     if not groups:
         raise TargetError("targets=() chooses no layer; give a regular expression, or leave it out for the default")
     if not groups[0]:
@@ -229,7 +240,8 @@ def _select(
         if group <= taken:
             raise TargetError(
                 f"exclude{'' if exclude else ' (by default the output head)'} takes away all that targets= matches"
-                f"{'' if targets is None else ' with one of its patterns'}:{bullets(layer.path for layer in group)}\n"
+                f"{'' if targets is None else ' with one of its patterns'}:"
+                f"{bullets(layer.path for layer in found if layer in group)}\n"
                 "To adapt these, give exclude=(); else leave the pattern out"
             )
     chosen = set().union(*groups) - taken
@@ -283,7 +295,7 @@ def _matches(patterns: Patterns, among: list[Layer], argument: str) -> list[set[
             groups.append({layer for layer in among if any(re.search(pattern, path) for path in layer.paths)})
         except (re.error, TypeError) as error:
             raise TargetError(f"{argument}={patterns!r}: not a regular expression: {error}") from None
-        if among and not groups[-1]:
+        if not groups[-1]:
             names = {part for layer in among for part in layer.path.split(".") if not part.isdigit()}
             raise TargetError(
                 f"{argument}: {pattern!r} matches no linear layer{did_you_mean(pattern.strip('^$.'), names)}\n"

@@ -60,6 +60,7 @@ def settings(model_dir: Path, files: dict[str, Path]) -> dict[str, Any]:
     """Overrides of the tiny preset that make a run of a second or two."""
     return {
         "model": str(model_dir),
+        "layers": None,
         "train": {"path": str(files["train"])},
         "test": {"path": str(files["test"])},
         "validation": None,
@@ -75,7 +76,7 @@ def make_config(settings: dict[str, Any]) -> Callable[..., RunConfig]:
     """`make_config("lora:r=2", steps=3)`: the config of a row, with overrides."""
 
     def make(row: str = "lora", **overrides: Any) -> RunConfig:
-        return resolve(Preset.load("tiny"), row, **{"layers": None, **settings, **overrides})
+        return resolve(Preset.load("tiny"), row, **{**settings, **overrides})
 
     return make
 

@@ -79,8 +79,9 @@ def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], ba
 def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
     """(rows, features), without the rows that are padding; `mask` may be of a batch of sequences or of flat tokens."""
     rows = values.detach().reshape(-1, values.shape[-1])
-    masked = mask is not None and values.shape[:-1] in (mask.shape, (mask.numel(),))
-    return rows[mask.reshape(-1)] if mask is not None and masked else rows
+    if mask is not None and values.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return rows[mask.reshape(-1)]
+    return rows
 
 
 def call(model: nn.Module, batch: Any, device: torch.device) -> Any:

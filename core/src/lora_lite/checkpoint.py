@@ -121,17 +121,18 @@ def _placements(path: str | os.PathLike[str], root: nn.Module, variants: Mapping
 
 def _check_base(path: str | os.PathLike[str], header: Metadata, placements: tuple[Placement, ...]) -> None:
     other = changed(header.fingerprint, {p.spot.path: p.site for p in placements})
+    if not other:
+        return
     told = (
         f"{path} was made on a base with other weights: {len(other)} of {len(placements)} sites differ by more than rounding "
         f"to bfloat16:{bullets(other, limit=3)}\n"
     )
-    if other and header.uses_base:
+    if header.uses_base:
         raise BaseMismatchError(
             f"{told}Its tensors were computed from those weights, so the model would compute something else. Load that base, "
             "or give check_base=False"
         )
-    if other:
-        warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
+    warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
 
 
 def _derive(path: str | os.PathLike[str], header: Metadata, placements: tuple[Placement, ...]) -> dict[str, Tensor]:

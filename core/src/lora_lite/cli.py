@@ -57,17 +57,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _variants(options: argparse.Namespace) -> str:
-    rows, broken = [], []
-    for info in variants().values():
+    found, rows, broken = variants(), [], []
+    for info in found.values():
         rows.append(f"{info.name:<18} {info.distribution} {info.version}  ({info.target})")
-        try:
-            variant_class(info.name) if options.check else None
-        except LoraLiteError as error:
-            broken.append(info.name)
-            rows.append(f"  cannot be used: {error}")
+        if options.check:
+            try:
+                variant_class(info.name)
+            except LoraLiteError as error:
+                broken.append(info.name)
+                rows.append(f"  cannot be used: {error}")
     if broken:
         print(*rows, sep="\n")
-        raise LoraLiteError(f"{len(broken)} of {len(variants())} variants cannot be used: {', '.join(broken)}")
+        raise LoraLiteError(f"{len(broken)} of {len(found)} variants cannot be used: {', '.join(broken)}")
     return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
 
 

@@ -88,10 +88,11 @@ def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     finally:
-        now = [*trained, *model.buffers()]
         with torch.no_grad():
-            for tensor, value in zip(now, [*values, *(buffers[name] for name, _ in model.named_buffers())], strict=True):
-                tensor.copy_(value)
+            for p, value in zip(trained, values, strict=True):
+                p.copy_(value)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
         for p, gradient in gradients.items():
             p.grad = gradient
 

@@ -7,6 +7,7 @@ duplicates in silence.
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from lora_lite.variant import Variant
 
 VARIANTS, LAYERS = "lora_lite.variants", "lora_lite.layers"
 T = TypeVar("T")
+COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 # The distributions to name in an install hint.
 FIRST_PARTY = {name: f"lora-lite-{name}" for name in ("lora", "pissa", "dora", "eva", "hra", "delora")}
@@ -90,10 +92,8 @@ def variant_class(name: str) -> type[Variant]:
     loaded = _load(points[name], Variant)
     if loaded.name != name:
         raise PluginError(
-            "{} {!r} of {} {} ({}) gives {cls}, whose name is {own!r}; its author must make the entry point and "
-            "`class {cls}(Variant, name=...)` agree".format(
-                VARIANTS, name, *_source(points[name][0]), cls=loaded.__qualname__, own=loaded.name
-            )
+            f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}; "
+            f"its author must make the entry point and `class {loaded.__qualname__}(Variant, name=...)` agree"
         )
     _manager.register(loaded, name=f"{VARIANTS}:{name}")
     return loaded
@@ -164,12 +164,20 @@ def _source(point: metadata.EntryPoint) -> tuple[str, str, str]:
     return (point.dist.name, point.dist.version, point.value) if point.dist else ("an unknown distribution", "?", point.value)
 
 
+def _origin(point: metadata.EntryPoint) -> str:
+    return "{} {} ({})".format(*_source(point))
+
+
+def _where(point: metadata.EntryPoint) -> str:
+    return f"{point.group} {point.name!r} of {_origin(point)}"
+
+
 def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
     """The object of the only one of `points`, a subclass of `base`."""
-    sources = ["{} {} ({})".format(*_source(point)) for point in points]
-    point, where = points[0], f"{points[0].group} {points[0].name!r} of {sources[0]}"
+    point, where = points[0], _where(points[0])
     if len(points) > 1:
-        raise PluginError(f"{point.group} {point.name!r} is provided twice, by {' and '.join(sources)}; uninstall one of them")
+        providers = " and ".join(_origin(point) for point in points)
+        raise PluginError(f"{point.group} {point.name!r} is provided twice, by {providers}; uninstall one of them")
     needs = next((n for n in (point.dist and point.dist.requires) or () if re.match(r"lora-lite-core(?![\w-])[^;]*$", n)), "")
     core = metadata.version("lora-lite-core")
     asks = f"asks for {needs or 'no particular lora-lite-core'}; installed is lora-lite-core {core}"
@@ -187,9 +195,8 @@ def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
 
 def _excludes(requirement: str, version: str) -> bool:
     """Whether a bound of `lora-lite-core>=0.1,<0.2` excludes a version. Clauses of another form are left to pip."""
-    have = _release(version)
-    bounds = [(sign, _release(bound)) for sign, bound in re.findall(r"([<>]=?)\s*([\d.]+)", requirement)]
-    return any((have < bound if ">" in sign else have > bound) or (have == bound and "=" not in sign) for sign, bound in bounds)
+    bounds = re.findall(r"([<>]=?)\s*([\d.]+)", requirement)
+    return not all(COMPARE[sign](_release(version), _release(bound)) for sign, bound in bounds)
 
 
 def _release(version: str) -> list[int]:

@@ -71,11 +71,14 @@ def unpack(
 def by_site(saved: Mapping[str, Tensor], paths: Iterable[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """A state dict's tensors by site and name, for each of `paths`, and the keys that belong to none of them."""
     sites: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
-    others: dict[str, Tensor] = {}
+    others = []
     for key, tensor in saved.items():
         path, _, name = key.rpartition(".")
-        sites.get(path, others)[name if path in sites else key] = tensor
-    return sites, list(others)
+        if path in sites:
+            sites[path][name] = tensor
+        else:
+            others.append(key)
+    return sites, others
 
 
 def problems(specs: Mapping[str, TensorSpec], values: Mapping[str, Tensor], prefix: str) -> list[str]:

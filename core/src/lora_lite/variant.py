@@ -257,8 +257,8 @@ class Variant(BaseModel):
         cls.name = name
         if name and not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise VariantDefinitionError(f"{cls.__qualname__}: name={name!r} must be lower_snake_case")
-        for field in (field for field, annotation in inspect.get_annotations(cls).items() if "ClassVar" not in str(annotation)):
-            if field in ATTACH_WORDS or hasattr(Variant, field):
+        for field, annotation in inspect.get_annotations(cls).items():
+            if "ClassVar" not in str(annotation) and (field in ATTACH_WORDS or hasattr(Variant, field)):
                 what = "is an argument of attach()" if field in ATTACH_WORDS else f"shadows Variant.{field}"
                 raise VariantDefinitionError(
                     f"{cls.__qualname__}: the field {field!r} {what}; rename it, or write a method or ClassVar to override"

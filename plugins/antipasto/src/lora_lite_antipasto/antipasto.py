@@ -23,19 +23,17 @@ from lora_lite import Site, SiteError, Tensors, TensorSpec
 from pydantic import Field
 from torch import Tensor
 
-from lora_lite_antipasto.basis import Select, SingularCore, inverse
+from lora_lite_antipasto.basis import SelectingCore, inverse
 
 
-class AntiPaSTO(SingularCore, name="antipasto"):
-    """Frozen singular basis with learned singular values and rotations. Of `SingularBasis`: r, basis, svd.
+class AntiPaSTO(SelectingCore, name="antipasto"):
+    """Frozen singular basis with learned singular values and rotations. Of `SelectingCore`: r, basis, select, svd.
 
     Attributes:
         rotate_basis: the side to rotate: the input's "V", the output's "U", "both", or "none".
         block_size: of the rotations, at least 2, a divisor of r where there is a rotation; neighbours in the order of singular
             values share a block.
         max_angle: limit of one rotation in radians, in (0, π): exact for blocks of 2, a soft limit of each plane else.
-        select: which directions: "top" has the largest singular values; "activation" those whose coordinate of the output
-            varies most over calibration data (`attach(..., calibration=...)`).
     """
 
     recommended_lr: ClassVar[float] = 5e-3
@@ -43,11 +41,6 @@ class AntiPaSTO(SingularCore, name="antipasto"):
     rotate_basis: Literal["V", "U", "both", "none"] = "V"
     block_size: Annotated[int, Field(ge=2)] = 4
     max_angle: Annotated[float, Field(gt=0, lt=math.pi)] = 0.5
-    select: Select = "top"
-
-    @property
-    def by_activation(self) -> bool:
-        return self.select == "activation"
 
     def core_tensors(self) -> dict[str, TensorSpec]:
         if self._rotations and self.r % self.block_size:

@@ -23,28 +23,21 @@ from lora_lite import Site, Tensors, TensorSpec
 from torch import Tensor
 from torch.nn.functional import elu
 
-from lora_lite_antipasto.basis import Select, SingularCore, inverse
+from lora_lite_antipasto.basis import SelectingCore, inverse
 
 
-class AntiPaSTOGain(SingularCore, name="antipasto_gain"):
-    """Frozen singular basis with learned gains. Of `SingularBasis`: r, basis, svd.
+class AntiPaSTOGain(SelectingCore, name="antipasto_gain"):
+    """Frozen singular basis with learned gains. Of `SelectingCore`: r, basis, select, svd.
 
     Attributes:
         mode: "bounded" learns g, relative to S and never below 0; "additive" learns δ, beside S.
         suppress_only: whether a direction can only be turned down. Held by `project`, for scales of at least 0.
-        select: which directions: "top" has the largest singular values; "activation" those whose coordinate of the output
-            varies most over calibration data (`attach(..., calibration=...)`).
     """
 
     recommended_lr: ClassVar[float] = 1e-2
 
     mode: Literal["bounded", "additive"] = "bounded"
     suppress_only: bool = False
-    select: Select = "top"
-
-    @property
-    def by_activation(self) -> bool:
-        return self.select == "activation"
 
     def core_tensors(self) -> dict[str, TensorSpec]:
         return {"g" if self.mode == "bounded" else "delta": TensorSpec((self.r,), compute="float32")}

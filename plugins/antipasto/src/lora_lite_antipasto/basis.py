@@ -185,6 +185,21 @@ class SingularCore(SingularBasis):
         return self.r * site.d_out if site.has_bias and self.from_output(site) else 0
 
 
+class SelectingCore(SingularCore):
+    """One that may choose its directions by what passes through the layer. Of `SingularBasis`: r, basis, svd.
+
+    Attributes:
+        select: which directions: "top" has the largest singular values; "activation" those whose coordinate of the output
+            varies most over calibration data (`attach(..., calibration=...)`).
+    """
+
+    select: Select = "top"
+
+    @property
+    def by_activation(self) -> bool:
+        return self.select == "activation"
+
+
 class Averages:
     """Averages over all calibration rows: sums in float64 on the CPU, of fixed size whatever the number of rows."""
 

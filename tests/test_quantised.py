@@ -134,19 +134,12 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 # --- every variant on every format
 
 
-def expect_packing(variant: str, name: str) -> None:
-    """The one gap: calibration runs in eval mode before the layers are entered, and such CPUs pack 4-bit layers then."""
-    if PACKS and name in FOUR_BIT and variant == "eva":
-        pytest.xfail("calibration packs the layers")
-
-
 @every_format
 @every_variant
 def test_a_variant_starts_trains_and_leaves(base: Callable[..., nn.Module], variant: str, name: str) -> None:
     """On a quantised base a variant starts as the base, passes gradients to its parameters and to the input, lowers a loss, and
     leaves every bit of the base as an unattached control has it.
     """
-    expect_packing(variant, name)
     model, control, teacher = base(name), base(name), base(name)
     x = inputs(3, 5)
     adapter = attach(model, variant)
@@ -171,7 +164,6 @@ def test_a_file_goes_back_onto_a_base_quantised_afresh(
     base: Callable[..., nn.Module], variant: str, name: str, tmp_path: Path
 ) -> None:
     """Bit for bit, and without a word about the base."""
-    expect_packing(variant, name)
     model, again = base(name), base(name)
     adapter = attach(model, variant)
     move(adapter, 0.1, seed=1)
@@ -352,6 +344,34 @@ def test_evaluation_does_not_pack_an_attached_layer(base: Callable[..., nn.Modul
 
 @avx512bf16
 @pytest.mark.parametrize("name", FOUR_BIT)
+def test_layers_without_an_adapter_stay_plain(base: Callable[..., nn.Module], name: str) -> None:
+    """Gradients of one layer's adapter go through other layers, so an evaluation must not pack these either."""
+    model, control = base(name), base(name)
+    expected = input_gradient(control)
+    adapter = ll.attach(model, "lora", r=2, targets=r"0\.up$")
+    evaluate(model)
+    assert torch.equal(input_gradient(model), expected)  # type: ignore[arg-type]
+    adapter.detach()
+    model.zero_grad()
+    control.zero_grad()
+    assert_same_base(model, control)
+    assert torch.equal(evaluate(model), evaluate(control))
+
+
+@avx512bf16
+@pytest.mark.parametrize("name", FOUR_BIT)
+def test_calibration_does_not_pack(base: Callable[..., nn.Module], name: str) -> None:
+    """It is a forward in eval mode without gradients; also one that fails leaves no trace."""
+    model, control = base(name), base(name)
+    with pytest.raises(ll.CalibrationError, match="batch 1"):
+        ll.attach(model, "eva", r=4, targets=TARGETS, calibration=[inputs(4, 16), torch.zeros(3, 5)])
+    assert_same_base(model, control)
+    attach(model, "eva").detach()
+    assert_same_base(model, control)
+
+
+@avx512bf16
+@pytest.mark.parametrize("name", FOUR_BIT)
 def test_shapes_that_cannot_be_packed(name: str) -> None:
     layer = quantised(nn.Linear(64, 48), name)
     model = nn.ModuleList([layer])
@@ -516,6 +536,11 @@ def by_quanto(model: nn.Module) -> None:
     quanto.freeze(model)
 
 
+def by_torchao(model: nn.Module) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("quantise", "cls"),
@@ -523,6 +548,7 @@ def by_quanto(model: nn.Module) -> None:
         (by_torch_ao, r"torch\.ao\.nn\.quantized\.dynamic.*Linear"),
         (by_hqq, r"hqq\.core.*HQQLinear"),
         (by_quanto, r"optimum\.quanto.*QLinear"),
+        (by_torchao, r"torch\.nn.*Linear with a weight of torchao.*Int8Tensor"),
     ],
 )
 def test_a_layer_that_nobody_teaches(quantise: Callable[[nn.Module], None], cls: str) -> None:

@@ -22,7 +22,7 @@ from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import Control, Entry
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.plugins import provider
-from lora_lite.registry import adapted_root, install, refuse_unfit, refuse_wrapped, remove
+from lora_lite.registry import adapted_root, install, opened, refuse_unfit, refuse_wrapped, remove
 from lora_lite.state import place_values, unpack
 from lora_lite.targets import Overrides, Patterns, Placement, named_modules, place, plan, root_of
 from lora_lite.variant import Rng, Site, TensorSpec, Variant
@@ -73,12 +73,13 @@ def attach(
         raise AdapterError(f"dtype={dtype}: the trainable tensors need a floating-point dtype")
     control = Control(name, chosen.variant, seed)
     with ExitStack() as stack:
+        stack.enter_context(opened(root))
         for other in adapters(root).values():
             stack.enter_context(other.disabled())
         statistics = calibrate(root, chosen.placements, calibration)
         placements = _specialize(chosen.placements, statistics)
         values = {p.spot.path: _start_values(p, statistics.get(p.spot.path, {}), control, dtype) for p in placements}
-    install(root, control, placements, values)
+        install(root, control, placements, values)
     return Adapter(root, control)
 
 

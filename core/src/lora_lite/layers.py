@@ -44,10 +44,10 @@ class LayerKind(ABC):
         return m @ self.weight(module).detach().to(m.dtype).T
 
     def enter(self, module: nn.Module) -> None:
-        """Called when the first adapter is attached to `module`."""
+        """Called when the first adapter comes to the model that holds `module`, be it for this layer or for others."""
 
     def exit(self, module: nn.Module) -> None:
-        """Called when the last adapter has left `module`; undoes `enter`."""
+        """Called when the last adapter has left the model; undoes `enter`."""
 
     @hookimpl
     def lora_lite_layer_kind(self, module: nn.Module) -> LayerKind | None:
@@ -63,11 +63,13 @@ class LayerKind(ABC):
 
 class Linear(LayerKind):
     """`nn.Linear`, and subclasses that keep its forward and its weight a plain parameter. Others (quantised or parametrized
-    ones, say) need a kind of their own.
+    ones, say, or torchao's, whose weight is of a class of its own) need a kind of their own.
     """
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
+        weight = module._parameters.get("weight")
+        plain = type(weight) is nn.Parameter or (weight is not None and is_dtensor(weight))
+        return plain and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         d_out, d_in = self.weight(module).shape
@@ -99,6 +101,14 @@ def looks_linear(module: nn.Module) -> bool:
     """Whether a module that no kind matches is a linear layer all the same (so that it is named, not passed over)."""
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return isinstance(module, nn.Linear) or all(isinstance(n, int) for n in features)
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a layer, and that of its weight where it is not a plain one."""
+    classes: list[type] = [type(module)]
+    if type(weight := getattr(module, "weight", None)) not in (nn.Parameter, Tensor, type(None)):
+        classes.append(type(weight))
+    return " with a weight of ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,14 +1,16 @@
-"""What a model remembers of its adapters, and the only code that changes a model: `install` and `remove`."""
+"""What a model remembers of its adapters, and the only code that changes a model: `opened`, `install` and `remove`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import Control, Entry, SiteHooks, attribute, hooks_of
-from lora_lite.layers import is_dtensor
+from lora_lite.layers import LayerKind, is_dtensor
+from lora_lite.plugins import kind_of
 from lora_lite.targets import Placement, named_modules, root_of
 
 KEY = "_lora_lite"
@@ -19,11 +21,13 @@ class Registry:
 
     Attributes:
         controls: the attached adapters by name.
+        entered: the kinds of the layers that were entered, by path.
         trainable: names of the base parameters that required a gradient before the first adapter came.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.controls: dict[str, Control] = {}
+        self.entered: dict[str, LayerKind] = {}
         self.trainable = frozenset(name for name, p in _named_parameters(root) if p.requires_grad)
 
 
@@ -99,29 +103,59 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
             raise AdapterError(f"{path} has an attribute {taken[0]!r} already; give the adapter another name=")
 
 
-def install(
-    root: nn.Module, control: Control, placements: Sequence[Placement], values: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Register tensors and hooks, freeze the base. All or nothing."""
+@contextmanager
+def opened(root: nn.Module) -> Iterator[Registry]:
+    """The registry. Where there is none yet, the base is frozen and its layers entered; undone if no adapter came of it."""
     registry = registry_of(root)
     if registry is None:
         root.__dict__[KEY] = registry = Registry(root)
         root.requires_grad_(False)
-    registry.controls[control.name] = control
     try:
-        for placement in placements:
-            _install_site(Entry(control, placement), placement.module, values[placement.spot.path])
-    except BaseException:
-        remove(root, control)
-        raise
+        if not registry.entered:
+            _enter_layers(root, registry)
+        yield registry
+    finally:
+        if not registry.controls and registry_of(root) is registry:
+            _close(root, registry)
+
+
+def _enter_layers(root: nn.Module, registry: Registry) -> None:
+    """All layers that have a kind: what comes of one layer's adapter goes through the others."""
+    seen: set[nn.Module] = set()
+    for path, module in named_modules(root):
+        kind = None if module in seen else kind_of(module)
+        seen.add(module)
+        if kind is not None:
+            kind.enter(module)
+            registry.entered[path] = kind
+
+
+def _close(root: nn.Module, registry: Registry) -> None:
+    modules = dict(named_modules(root))
+    for path, kind in registry.entered.items():
+        kind.exit(modules[path])
+    for name, parameter in _named_parameters(root):
+        parameter.requires_grad_(name in registry.trainable)
+    del root.__dict__[KEY]
+
+
+def install(
+    root: nn.Module, control: Control, placements: Sequence[Placement], values: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Register tensors and hooks. All or nothing."""
+    with opened(root) as registry:
+        registry.controls[control.name] = control
+        try:
+            for placement in placements:
+                _install_site(Entry(control, placement), placement.module, values[placement.spot.path])
+        except BaseException:
+            remove(root, control)
+            raise
 
 
 def _install_site(entry: Entry, module: nn.Module, values: Mapping[str, Tensor]) -> None:
     entry.control.entries[entry.spot.path] = entry
-    hooks = hooks_of(module)
-    if hooks is None:
-        entry.spot.kind.enter(module)
-        hooks = SiteHooks(module)
+    hooks = hooks_of(module) or SiteHooks(module)
     for name, spec in entry.specs.items():
         module.register_parameter(entry.attributes[name], nn.Parameter(values[name], requires_grad=spec.trainable))
     hooks.entries = tuple(sorted((*hooks.entries, entry), key=lambda e: e.control.name))
@@ -141,13 +175,10 @@ def remove(root: nn.Module, control: Control) -> None:
             if not hooks.entries:
                 for handle in hooks.handles:
                     handle.remove()
-                entry.spot.kind.exit(module)
     control.entries = {}
     del registry.controls[control.name]
     if not registry.controls:
-        for name, parameter in _named_parameters(root):
-            parameter.requires_grad_(name in registry.trainable)
-        del root.__dict__[KEY]
+        _close(root, registry)
 
 
 def _named_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.errors import AdapterError, LayerKindError, MisfitError, SiteError, TargetError, bullets, did_you_mean
-from lora_lite.layers import looks_linear
+from lora_lite.layers import class_name, looks_linear
 from lora_lite.plugins import kind_of, make_variant, validated
 from lora_lite.variant import Site, Spot, TensorSpec, Variant
 
@@ -130,7 +130,7 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
     for path, module, variant in choices:
         kind = kind_of(module)
         if kind is None:
-            unknown.append(f"{path}: {type(module).__module__}.{type(module).__qualname__}")
+            unknown.append(f"{path}: {class_name(module)}")
             continue
         d_in, d_out = kind.shape(module)
         spot = Spot(path, kind, d_in, d_out, kind.bias(module) is not None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lora_lite_benchmark.config import RunConfig, Source
-from lora_lite_benchmark.data import IGNORED, Example, Problem, collate, encode, load_problems, prompt_ids
+from lora_lite_benchmark.data import IGNORED, Example, Problem, collate, encode, load_problems, prompt_ids, training_examples
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import sha256
 from lora_lite_benchmark.models import load_tokenizer
@@ -73,9 +73,9 @@ def test_the_loss_counts_the_answer_and_its_end(make_config: Make) -> None:
     """An example reads as the prompt, a space, the answer, end of text; labels are the part after the prompt."""
     config = make_config()
     tokenizer = load_tokenizer(config)
-    example = encode(tokenizer, config, Problem("How?", "So {question}."))
+    example = encode(tokenizer, config.prompt, Problem("How?", "So {question}."))
     assert tokenizer.decode(example.ids) == "Question: How?\nAnswer: So {question}.<eos>"
-    assert example.ids[: example.start] == prompt_ids(tokenizer, config, Problem("How?", "-"))
+    assert example.ids[: example.start] == prompt_ids(tokenizer, config.prompt, Problem("How?", "-"))
     assert tokenizer.decode(example.ids[example.start :]) == " So {question}.<eos>"
 
 
@@ -96,3 +96,13 @@ def test_real_gsm8k_is_read() -> None:
     problems = load_problems(local(Path(folder) / "test.jsonl"))
     assert len(problems) == 1319
     assert all("####" in problem.answer for problem in problems)
+
+
+def test_rows_of_one_command_tokenise_once(make_config: Make) -> None:
+    """Another variant, seed or learning rate uses the very examples of the row before; another prompt does not."""
+    config = make_config("lora")
+    first, _ = training_examples(load_tokenizer(config), config)
+    again, _ = training_examples(load_tokenizer(config), make_config("ia3", seed=3, lr=0.5, targets=["k_proj$"]))
+    assert all(one is two for one, two in zip(first, again, strict=True))
+    other, _ = training_examples(load_tokenizer(config), make_config(prompt="{question}"))
+    assert other != first

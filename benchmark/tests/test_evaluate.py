@@ -43,7 +43,7 @@ def test_the_loss_is_the_answers_likelihood(setup: Setup) -> None:
     config, model, tokenizer, problems = setup
     scores = score(model, tokenizer, config, problems, "test")
     for problem, (nats, tokens) in zip(problems, scores, strict=True):
-        ids, start = encode(tokenizer, config, problem)
+        ids, start = encode(tokenizer, config.prompt, problem)
         with torch.no_grad():
             log_p = functional.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
         expected = -sum(log_p[position - 1, ids[position]].item() for position in range(start, len(ids)))

@@ -4,6 +4,7 @@ A row has the columns of MetaMathQA (`query`, `response`) or of GSM8K (`question
 for testing. An example is the prompt's tokens, then the answer's, then the end-of-text token; the loss counts the last two.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from lora_lite_benchmark import tiny
 from lora_lite_benchmark.config import TINY, RunConfig, Source
 from lora_lite_benchmark.errors import BenchmarkError
 
-__all__ = ["Batch", "Example", "Problem", "collate", "encode", "load_problems", "prompt_ids"]
+__all__ = ["Batch", "Example", "Problem", "collate", "encode", "load_problems", "prompt_ids", "training_examples"]
 
 FORMATS = (("query", "response"), ("question", "answer"))
 IGNORED = -100
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
+@functools.lru_cache(maxsize=3)  # train, validation and test are those of all rows of a command
 def load_problems(source: Source) -> list[Problem]:
     """The rows of `source`, in order. Raises BenchmarkError naming the file or dataset and the columns it has."""
     rows = _tiny_rows(source) if source.path == TINY else _dataset(source)
@@ -107,16 +109,33 @@ def _why(source: Source, error: Exception) -> str:
     return f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def prompt_ids(tokenizer: Any, config: RunConfig, problem: Problem) -> list[int]:
-    ids: list[int] = tokenizer(config.prompt.replace("{question}", problem.question)).input_ids
+def training_examples(tokenizer: Any, config: RunConfig) -> tuple[list[Example], int]:
+    """The training rows as tokens, and how many were left out for being longer than `max_tokens`."""
+    encoded = _encode_all(tokenizer, config.prompt, config.train)
+    kept = [example for example in encoded if len(example.ids) <= config.max_tokens]
+    if not kept:
+        shortest = min(len(example.ids) for example in encoded)
+        raise BenchmarkError(
+            f"{config.train.path}: no row fits max_tokens={config.max_tokens}; the shortest has {shortest} tokens"
+        )
+    return kept, len(encoded) - len(kept)
+
+
+@functools.lru_cache(maxsize=1)
+def _encode_all(tokenizer: Any, prompt: str, source: Source) -> list[Example]:
+    return [encode(tokenizer, prompt, problem) for problem in load_problems(source)]
+
+
+def prompt_ids(tokenizer: Any, prompt: str, problem: Problem) -> list[int]:
+    ids: list[int] = tokenizer(prompt.replace("{question}", problem.question)).input_ids
     return ids
 
 
-def encode(tokenizer: Any, config: RunConfig, problem: Problem) -> Example:
+def encode(tokenizer: Any, prompt: str, problem: Problem) -> Example:
     """Prompt and answer are tokenised apart, so that the prompt is the one that generation starts from."""
-    prompt = prompt_ids(tokenizer, config, problem)
+    start = prompt_ids(tokenizer, prompt, problem)
     answer: list[int] = tokenizer(f" {problem.answer}", add_special_tokens=False).input_ids
-    return Example([*prompt, *answer, tokenizer.eos_token_id], len(prompt))
+    return Example([*start, *answer, tokenizer.eos_token_id], len(start))
 
 
 def collate(examples: Iterable[Example], pad: int) -> Batch:

@@ -45,7 +45,7 @@ def generate(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[P
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    prompts = [prompt_ids(tokenizer, config, problem) for problem in problems]
+    prompts = [prompt_ids(tokenizer, config.prompt, problem) for problem in problems]
     texts = [""] * len(prompts)
     for rows in _batches([len(prompt) for prompt in prompts], config.eval_batch_size, f"{name}: generate"):
         ids, mask = _pad_left([prompts[row] for row in rows], tokenizer.pad_token_id)
@@ -59,7 +59,7 @@ def generate(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[P
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[tuple[float, int]]:
     """Of each problem: the nats of its reference answer under the model, and how many tokens that answer has."""
-    examples = [encode(tokenizer, config, problem) for problem in problems]
+    examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
     scores = [(0.0, 0)] * len(examples)
     for rows in _batches([len(example.ids) for example in examples], config.eval_batch_size, f"{name}: loss"):
         batch = collate((examples[row] for row in rows), tokenizer.pad_token_id)

@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import lora_lite as ll
 import torch
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lora_lite_benchmark.config import SPECIAL_ROWS, RunConfig
-from lora_lite_benchmark.data import Batch, Example, collate, encode, load_problems
+from lora_lite_benchmark.data import Batch, Example, collate, load_problems, training_examples
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.evaluate import evaluate
 from lora_lite_benchmark.files import write_text
@@ -44,7 +43,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
 
     tokenizer = load_tokenizer(config)
     pad: int = tokenizer.pad_token_id
-    examples, skipped = _training_examples(tokenizer, config)
+    examples, skipped = training_examples(tokenizer, config)
     batch = collate((examples[row] for row in batch_rows(0, len(examples), config)), pad)
     batch = batch.to(accelerator.device)
     trains = config.variant != "base"
@@ -123,18 +122,6 @@ def run_all(
             write_text(out / config.folder / ERROR_FILE, traceback.format_exc())
             report(config, error)
     return results, len(configs) - len(results)
-
-
-def _training_examples(tokenizer: Any, config: RunConfig) -> tuple[list[Example], int]:
-    """The training rows as tokens, and how many were left out for being longer than `max_tokens`."""
-    encoded = [encode(tokenizer, config, problem) for problem in load_problems(config.train)]
-    kept = [example for example in encoded if len(example.ids) <= config.max_tokens]
-    if not kept:
-        shortest = min(len(example.ids) for example in encoded)
-        raise BenchmarkError(
-            f"{config.train.path}: no row fits max_tokens={config.max_tokens}; the shortest has {shortest} tokens"
-        )
-    return kept, len(encoded) - len(kept)
 
 
 def _calibration(examples: list[Example], config: RunConfig, pad: int, device: torch.device) -> list[dict[str, Tensor]]:

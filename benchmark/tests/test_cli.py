@@ -36,6 +36,7 @@ def test_a_run_leaves_results_table_and_picture(finished: Path) -> None:
     assert [point.step for point in lora.curve] == list(range(6))
     assert {"python", "torch", "transformers", "lora-lite-core", "lora-lite-lora"} <= lora.versions.keys()
     assert lora.config.fields["r"] == 2
+    assert lora.measurements.calibration_s is None
     assert lora.hash == lora.config.hash
     assert results["base"].curve == ()
     assert results["base"].measurements.file_bytes is None
@@ -201,6 +202,10 @@ def test_calibration_reaches_a_variant_that_asks_for_it(make_config: Make, tmp_p
     result = run_one(config, tmp_path)
     assert result.reloaded_identical
     assert result.measurements.slim_file_bytes is None
+    assert result.measurements.calibration_s is not None
+    assert result.measurements.calibration_s > 0
+    assert result.measurements.init_s is not None
+    assert result.measurements.init_s > 0
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

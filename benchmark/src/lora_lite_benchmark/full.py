@@ -49,6 +49,10 @@ class FullModel:
     def frozen(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def disabled(self) -> AbstractContextManager[None]:
+        """Nothing is added to the model that could be switched off."""
+        return nullcontext()
+
     def save(self, path: Path, *, derived: bool = True) -> None:
         """All weights in one safetensors file; there are no derived ones to leave out."""
         write_atomically(path, lambda temporary: save_model(self.model, str(temporary)))

@@ -5,9 +5,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from lora_lite_benchmark.data import Batch
 from lora_lite_benchmark.evaluate import nats
 
-__all__ = ["peak_memory", "reset_peak_memory", "stopwatch", "synchronize", "time_step"]
+__all__ = ["TimedPass", "peak_memory", "reset_peak_memory", "stopwatch", "synchronize", "time_step"]
+
+Item = TypeVar("Item")
 
 MEMORY_STATUS = Path("/proc/self/status")
 MEMORY_RESET = Path("/proc/self/clear_refs")
@@ -35,6 +37,24 @@ def time_step(model: nn.Module, batch: Batch, backward: bool, repeats: int = 7, 
             backwards.append(stopwatch(loss.backward, device)[0] if backward else 0.0)
             model.zero_grad()
     return 1000 * statistics.median(forwards[warmup:]), 1000 * statistics.median(backwards[warmup:])
+
+
+class TimedPass(Generic[Item]):
+    """An iterable that takes the time of the pass over it: from when the first item is asked for until there are no more.
+
+    Given to `attach` as calibration data, it tells the pass through the model from what comes before and after.
+    """
+
+    def __init__(self, items: Iterable[Item], device: torch.device) -> None:
+        self.items, self.device = items, device
+        self.seconds: float | None = None  # None: not passed over
+
+    def __iter__(self) -> Iterator[Item]:
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield from self.items
+        synchronize(self.device)
+        self.seconds = time.perf_counter() - start
 
 
 def stopwatch(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:

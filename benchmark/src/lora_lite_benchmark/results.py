@@ -75,7 +75,8 @@ class Measurements(Record):
     macs_per_forward: int
     forward_ms: float  # median, one batch
     backward_ms: float | None
-    init_s: float | None  # attach, calibration included
+    calibration_s: float | None = None  # the pass of calibration data; None also where the variant needs none
+    init_s: float | None  # attach without that pass
     train_s: float | None  # in this process: less than the whole if the run was resumed
     peak_memory_bytes: int
     peak_memory_of: Literal["process", "accelerator"]

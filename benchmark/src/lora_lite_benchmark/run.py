@@ -3,11 +3,10 @@
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lora_lite as ll
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,12 +15,12 @@ from lora_lite_benchmark.data import Batch, Example, collate, load_problems, tra
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.evaluate import evaluate
 from lora_lite_benchmark.files import write_text
-from lora_lite_benchmark.measure import peak_memory, reset_peak_memory, synchronize, time_step
+from lora_lite_benchmark.measure import TimedPass, peak_memory, reset_peak_memory, synchronize, time_step
 from lora_lite_benchmark.models import load_model, load_tokenizer
 from lora_lite_benchmark.results import Measurements, Result, Split, machine, versions
 from lora_lite_benchmark.train import batch_rows, epoch_order, train
 from lora_lite_benchmark.variants import AnyAdapter, attach_adapter, distribution
-from lora_lite_benchmark.verify import logits, reload_agrees
+from lora_lite_benchmark.verify import check_macs, logits, reload_agrees
 
 __all__ = ["ADAPTER_FILE", "run_all", "run_one"]
 
@@ -50,9 +49,11 @@ def run_one(config: RunConfig, out: Path) -> Result:
 
     model = load_model(config, accelerator.device)
     started = time.perf_counter()
-    adapter = attach_adapter(model, config, lambda: _calibration(examples, config, pad, accelerator.device))
+    calibration = TimedPass(_calibration(examples, config, pad), accelerator.device)
+    adapter = attach_adapter(model, config, calibration)
     synchronize(accelerator.device)
-    init_s = time.perf_counter() - started
+    init_s = time.perf_counter() - started - (calibration.seconds or 0.0)
+    check_macs(model, adapter, batch)
 
     reset_peak_memory(accelerator.device)
     started = time.perf_counter()
@@ -87,6 +88,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
             macs_per_forward=adapter.macs_per_forward,
             forward_ms=forward_ms,
             backward_ms=backward_ms if trains else None,
+            calibration_s=calibration.seconds,
             init_s=init_s if trains else None,
             train_s=train_s if trains else None,
             peak_memory_bytes=memory,
@@ -124,12 +126,12 @@ def run_all(
     return results, len(configs) - len(results)
 
 
-def _calibration(examples: list[Example], config: RunConfig, pad: int, device: torch.device) -> list[dict[str, Tensor]]:
+def _calibration(examples: list[Example], config: RunConfig, pad: int) -> Iterator[dict[str, Tensor]]:
     """Batches of training rows, as keyword arguments of the model."""
     rows = [examples[row] for row in epoch_order(len(examples), config.seed, 0)[: config.calibration_rows]]
-    parts = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
-    batches = [collate(part, pad).to(device) for part in parts]
-    return [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in batches]
+    for start in range(0, len(rows), config.batch_size):
+        batch = collate(rows[start : start + config.batch_size], pad)
+        yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 
 def _slim_size(adapter: AnyAdapter, folder: Path) -> int | None:

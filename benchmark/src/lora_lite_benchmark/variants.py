@@ -1,7 +1,7 @@
 """What the benchmark asks of lora_lite: the variant behind a row's name, and the adapter on a model."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +35,7 @@ class AnyAdapter(Protocol):
     def project_after(self, optimizer: torch.optim.Optimizer) -> object: ...
     def penalty(self) -> Tensor | float: ...
     def frozen(self) -> AbstractContextManager[object]: ...
+    def disabled(self) -> AbstractContextManager[object]: ...
     def save(self, path: Path, *, derived: bool = True) -> None: ...
 
 
@@ -54,15 +55,15 @@ def distribution(variant: str) -> list[str]:
     return [info.distribution] if info else []
 
 
-def attach_adapter(model: nn.Module, config: "RunConfig", calibration: Callable[[], Any]) -> AnyAdapter:
-    """The adapter that `config` asks for, on `model`; `calibration` is asked for batches only if it needs them."""
+def attach_adapter(model: nn.Module, config: "RunConfig", calibration: Iterable[Any]) -> AnyAdapter:
+    """The adapter that `config` asks for, on `model`; `calibration` is passed over only if it needs that."""
     if config.variant in SPECIAL:
         return SPECIAL[config.variant](model)
     chosen = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers, **config.fields}
     arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     planned = ll.plan(model, config.variant, **arguments)
     if any(placement.variant.observe(placement.site) for placement in planned.placements):
-        arguments["calibration"] = calibration()
+        arguments["calibration"] = calibration
     return ll.attach(model, config.variant, seed=config.seed, **arguments)
 
 

@@ -1,0 +1,49 @@
+"""Times and costs: that they are of what they say."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.data import Example, collate
+from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.measure import TimedPass
+from lora_lite_benchmark.models import load_model
+from lora_lite_benchmark.variants import attach_adapter
+from lora_lite_benchmark.verify import check_macs
+
+Make = Callable[..., RunConfig]
+
+
+def test_the_pass_is_timed_from_the_first_item_to_the_end() -> None:
+    """What happens before the first item is asked for and after the last one was used up is not counted; what the reader does
+    with the items, and what it takes to make them, is.
+    """
+
+    def items() -> Iterator[int]:
+        for item in range(3):
+            time.sleep(0.02)
+            yield item
+
+    timed = TimedPass(items(), torch.device("cpu"))
+    assert timed.seconds is None
+    time.sleep(0.2)
+    for _ in timed:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert timed.seconds is not None
+    assert 0.12 <= timed.seconds < 0.3
+
+
+@pytest.mark.parametrize("row", ["lora:r=4", "dora:r=4", "hra:r=4", "antipasto:r=8", "ia3", "full", "base"])
+def test_declared_macs_are_the_counted_ones(make_config: Make, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a whole model what FlopCounterMode sees is what a variant declares; one MAC more or less is an error with both."""
+    config = make_config(row, targets=None, lr=0.01)
+    model = load_model(config)
+    adapter = attach_adapter(model, config, [])
+    batch = collate([Example([5, 6, 7, 1], 2), Example([8, 1], 1)], pad=0)
+    check_macs(model, adapter, batch)
+    monkeypatch.setattr(type(adapter), "macs_per_token", adapter.macs_per_token + 1)
+    with pytest.raises(BenchmarkError, match=r"declared are .* counted"):
+        check_macs(model, adapter, batch)

@@ -403,7 +403,7 @@ FILES = [
     (_extra_site, ll.AdapterFileError, r"elsewhere\.A: extra \(no such site\)"),
     (_reshaped, ll.AdapterFileError, r"blocks\.0\.up\.A: shape \[8, 2\], expected \[2, 8\]"),
     (_renamed, ll.AdapterFileError, r"(?s)blocks\.0\.up\.A: missing.*blocks\.0\.up\.a: extra"),
-    (_retyped, ll.AdapterFileError, r"blocks\.0\.up\.A: dtype torch\.float16, expected float32"),
+    (_retyped, ll.AdapterFileError, r"blocks\.0\.up\.A: dtype torch\.float16, expected as saved: A float32"),
     (_integers, ll.AdapterFileError, r"blocks\.0\.up\.A: dtype torch\.int64"),
     (
         _newer,

@@ -1,7 +1,6 @@
 """Save and load: one adapter, one file, all or nothing."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from lora_lite import fileformat
 from lora_lite.adapter import Adapter, adapter_of
 from lora_lite.errors import AdapterFileError, BaseMismatchError, bullets, did_you_mean
-from lora_lite.fileformat import Metadata
+from lora_lite.fileformat import FilePath, Metadata
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import Control
 from lora_lite.plugins import variant_class
@@ -22,7 +21,7 @@ from lora_lite.targets import Placement, named_modules, place, root_of
 from lora_lite.variant import Variant
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, derived: bool = True) -> None:
+def save(model: nn.Module, path: FilePath, name: str | None = None, *, derived: bool = True) -> None:
     """Save the adapter called `name`, or the only one. See `Adapter.save`.
 
     Raises:
@@ -34,7 +33,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
 def load(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: FilePath,
     /,
     *,
     name: str = "default",
@@ -73,7 +72,7 @@ def load(
         _check_base(path, header, placements)
     if not header.derived:
         tensors = tensors | _derive(path, header, placements)
-    values = unpack(placements, tensors, header.dtypes)
+    values = unpack(placements, tensors, header.dtypes if header.variant_format == cls.format else None)
     for p in placements:
         dtypes = {tensor: dtype if spec.trainable and not spec.dtype else None for tensor, spec in p.specs.items()}
         values[p.spot.path] = own_copies(p, values[p.spot.path], dtypes)
@@ -83,7 +82,7 @@ def load(
 
 
 def _upgraded(
-    path: str | os.PathLike[str], cls: type[Variant], header: Metadata, tensors: dict[str, Tensor]
+    path: FilePath, cls: type[Variant], header: Metadata, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Variant], dict[str, Tensor]]:
     """The variant of each site, and the file's tensors, in the format of the installed class."""
     if header.variant_format > cls.format:
@@ -93,22 +92,19 @@ def _upgraded(
         )
     texts = {site: header.configurations[index] for site, index in header.sites.items()}
     try:
-        if header.variant_format == cls.format:
-            made = {text: cls.model_validate_json(text) for text in set(texts.values())}
-            return {site: made[text] for site, text in texts.items()}, tensors
-        variants: dict[str, Variant] = {}
-        upgraded: dict[str, Tensor] = {}
-        old, _ = by_site(tensors, texts)
-        for site, text in texts.items():
-            fields, new = cls.upgrade(json.loads(text), old[site], header.variant_format)
-            variants[site] = cls.model_validate_json(json.dumps(fields))
-            upgraded |= {f"{site}.{name}": tensor for name, tensor in new.items()}
-        return variants, upgraded
+        if header.variant_format < cls.format:
+            old, tensors = by_site(tensors, texts), {}
+            for site, saved in old.items():
+                fields, new = cls.upgrade(json.loads(texts[site]), saved, header.variant_format)
+                texts[site] = json.dumps(fields)
+                tensors |= {f"{site}.{name}": tensor for name, tensor in new.items()}
+        made = {text: cls.model_validate_json(text) for text in set(texts.values())}
+        return {site: made[text] for site, text in texts.items()}, tensors
     except ValidationError as error:
         raise AdapterFileError(f"{path} has fields that variant {cls.name!r} refuses: {error}") from None
 
 
-def _placements(path: str | os.PathLike[str], root: nn.Module, variants: Mapping[str, Variant]) -> tuple[Placement, ...]:
+def _placements(path: FilePath, root: nn.Module, variants: Mapping[str, Variant]) -> tuple[Placement, ...]:
     modules = dict(named_modules(root))
     missing = [f"{site}{did_you_mean(site, modules)}" for site in variants if site not in modules]
     if missing:
@@ -119,23 +115,19 @@ def _placements(path: str | os.PathLike[str], root: nn.Module, variants: Mapping
     return place((site, modules[site], variant) for site, variant in variants.items())
 
 
-def _check_base(path: str | os.PathLike[str], header: Metadata, placements: tuple[Placement, ...]) -> None:
+def _check_base(path: FilePath, header: Metadata, placements: tuple[Placement, ...]) -> None:
     other = changed(header.fingerprint, {p.spot.path: p.site for p in placements})
-    if not other:
-        return
     told = (
         f"{path} was made on a base with other weights: {len(other)} of {len(placements)} sites differ by more than rounding "
         f"to bfloat16:{bullets(other, limit=3)}\n"
     )
-    if header.uses_base:
-        raise BaseMismatchError(
-            f"{told}Its tensors were computed from those weights, so the model would compute something else. Load that base, "
-            "or give check_base=False"
-        )
-    warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
+    if other and header.uses_base:
+        raise BaseMismatchError(f"{told}Its tensors were computed from those weights. Load that base, or give check_base=False")
+    if other:
+        warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
 
 
-def _derive(path: str | os.PathLike[str], header: Metadata, placements: tuple[Placement, ...]) -> dict[str, Tensor]:
+def _derive(path: FilePath, header: Metadata, placements: tuple[Placement, ...]) -> dict[str, Tensor]:
     """The tensors that were left out, derived again and verified."""
     derived = {
         f"{p.spot.path}.{name}": value.detach().to(p.specs[name].dtype or p.site.dtype)

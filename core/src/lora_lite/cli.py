@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -117,13 +116,13 @@ def _empty_model(name: str) -> nn.Module:
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    header, tensors = fileformat.read_metadata(options.file)
+    header, tensors = fileformat.read(options.file)
     lines = [
         f"variant      {header.variant} (format {header.variant_format})",
         f"written by   {header.provider}, lora-lite-core {header.core}, file format {header.format}",
         f"seed, scale  {header.seed}, {header.scale:g}",
-        f"tensors      {len(tensors)}, {sum(math.prod(shape) for _, shape in tensors.values()):,} numbers",
-        f"dtypes       {', '.join(f'{name} {dtype}' for name, found in header.dtypes.items() for dtype in found)}",
+        f"tensors      {len(tensors)}, {sum(tensor.numel() for tensor in tensors.values()):,} numbers",
+        f"dtypes       {', '.join(header.dtypes)}",
         f"derived      {'in the file' if header.derived else 'left out; derived from the base and verified on loading'}",
         f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
     ]

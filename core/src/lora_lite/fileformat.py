@@ -6,11 +6,10 @@ Tensors go by `site path . tensor name`, without the adapter's name. The metadat
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from lora_lite.errors import AdapterFileError
 from lora_lite.fingerprint import PROBES
 
+FilePath = str | os.PathLike[str]
 FORMAT = 1
 KEY = "lora_lite"
 
@@ -36,13 +36,15 @@ class Metadata(BaseModel):
         provider, core: distributions and versions that wrote the file.
         configurations, sites: the variants' fields as JSON, and for each site which of them it has.
         seed, scale: of the adapter.
-        dtypes: of the tensors in the file, by tensor name: one, or several where the sites differ.
+        dtypes: of the tensors in the file, as `dtypes_of` gives them.
         derived: whether derived tensors are in the file; where they are not, `probes` verify them.
         uses_base: whether tensors were computed from the base's weights.
         fingerprint: samples of the base's weights by site.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64"
+    )
 
     format: int = FORMAT
     variant: str
@@ -53,22 +55,20 @@ class Metadata(BaseModel):
     sites: dict[str, int]
     seed: int
     scale: float
-    dtypes: dict[str, list[str]]
+    dtypes: list[str]
     derived: bool
     uses_base: bool
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, bytes]
     probes: dict[str, Annotated[list[float], Field(min_length=PROBES, max_length=PROBES)]]
 
     @model_validator(mode="after")
     def _consistent(self) -> Metadata:
         if not self.sites or not all(0 <= index < len(self.configurations) for index in self.sites.values()):
             raise ValueError("a site refers to a configuration that is not there, or no site is named")
-        for text in self.fingerprint.values():
-            base64.b64decode(text, validate=True)
         return self
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+def write(path: FilePath, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Write all of it or nothing: a temporary file beside the target, synced, then renamed over it.
 
     Raises:
@@ -78,82 +78,46 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        temporary.write_bytes(save(contents, {KEY: metadata.model_dump_json()}))
-        _sync(temporary, os.O_RDWR)
-        os.replace(temporary, target)
+        with temporary.open("wb") as file:
+            file.write(save(contents, {KEY: metadata.model_dump_json()}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
     except OSError as error:
         raise AdapterFileError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
-    with suppress(OSError):  # so that the rename survives a power cut, where the system can: the file is in place already
-        _sync(target.parent, os.O_RDONLY)
 
 
-def _sync(path: Path, mode: int) -> None:
-    descriptor = os.open(path, mode)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, Tensor]]:
+def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
     """Metadata and tensors, on the CPU.
 
     Raises:
         AdapterFileError: no such file, not an adapter of lora-lite, damaged, or of a newer format.
     """
-    with _opened(path) as (file, metadata):
-        # A clone, since the file's own memory is not aligned and sums over it differ in the last bit.
-        return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-
-
-def read_metadata(path: str | os.PathLike[str]) -> tuple[Metadata, dict[str, tuple[str, list[int]]]]:
-    """Metadata, and dtype and shape of every tensor, without reading the tensors.
-
-    Raises:
-        AdapterFileError: as `read`.
-    """
-    with _opened(path) as (file, metadata):
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return metadata, {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Metadata]]:
-    """The open file and its validated metadata; what goes wrong while reading is an `AdapterFileError`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            yield file, _parsed(path, file.metadata() or {})
+            text = (file.metadata() or {}).get(KEY)
+            # A clone, since the file's own memory is not aligned and sums over it differ in the last bit.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _parsed(path: str | os.PathLike[str], raw: Mapping[str, str]) -> Metadata:
-    if KEY not in raw:
+    if text is None:
         raise AdapterFileError(f"{path} is not an adapter of lora-lite: its metadata has no {KEY!r}")
     try:
-        loaded: Any = json.loads(raw[KEY])
+        loaded: Any = json.loads(text)
         version = loaded.get("format") if isinstance(loaded, dict) else None
         if isinstance(version, int) and version > FORMAT:
             raise AdapterFileError(
                 f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}; this one reads up to "
                 f"{FORMAT}. pip install --upgrade lora-lite-core"
             )
-        return Metadata.model_validate_json(raw[KEY])
+        return Metadata.model_validate_json(text), tensors
     except (json.JSONDecodeError, ValidationError) as error:
         raise AdapterFileError(f"{path} has damaged metadata: {error}") from None
 
 
-def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The dtypes of each tensor name over all sites, such as `{"A": ["float32"]}`."""
-    found: dict[str, set[str]] = {}
-    for key, tensor in tensors.items():
-        found.setdefault(key.rpartition(".")[2], set()).add(dtype_name(tensor.dtype))
-    return {name: sorted(dtypes) for name, dtypes in found.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
+def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor name with its dtype, or dtypes where the sites differ, such as `["A float32", "B float32"]`."""
+    return sorted({f"{key.rpartition('.')[2]} {str(t.dtype).removeprefix('torch.')}" for key, t in tensors.items()})

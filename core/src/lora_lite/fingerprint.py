@@ -8,7 +8,6 @@ A probe aᵀ T b with random a, b tells whether a tensor that was left out of a 
 again; one flipped column is seen, rounding between thread counts is not.
 """
 
-import base64
 from collections.abc import Mapping
 
 import torch
@@ -25,31 +24,29 @@ TOLERATED = 8
 PROBE_TOLERANCE = 1e-2
 
 
-def sample(site: Site, count: int) -> str:
-    """`count` weights at fixed random places, rounded to bfloat16, in base64."""
+def sample(site: Site, count: int) -> bytes:
+    """`count` weights at fixed random places, rounded to bfloat16."""
     places = torch.randint(site.d_in * site.d_out, (count,), generator=torch.Generator().manual_seed(0))
     weight = whole(site.weight())
     places = places.to(weight.device)
     values = weight[places // site.d_in, places % site.d_in]
-    codes = values.float().cpu().bfloat16().view(torch.uint8)
-    return base64.b64encode(bytes(codes.tolist())).decode()
+    return bytes(values.float().cpu().bfloat16().view(torch.uint8).tolist())
 
 
-def fingerprint(sites: Mapping[str, Site]) -> dict[str, str]:
+def fingerprint(sites: Mapping[str, Site]) -> dict[str, bytes]:
     """Samples of every site, about `SAMPLES` in all, at least 4 and at most 64 a site."""
     count = min(64, max(4, SAMPLES // max(1, len(sites))))
     return {path: sample(site, count) for path, site in sites.items()}
 
 
-def changed(recorded: Mapping[str, str], sites: Mapping[str, Site]) -> list[str]:
+def changed(recorded: Mapping[str, bytes], sites: Mapping[str, Site]) -> list[str]:
     """The sites whose weights are not those of the recorded fingerprint."""
-    return [path for path, text in recorded.items() if path in sites and _differs(text, sites[path])]
+    return [path for path, before in recorded.items() if path in sites and _differs(before, sites[path])]
 
 
-def _differs(recorded: str, site: Site) -> bool:
-    before = base64.b64decode(recorded)
+def _differs(before: bytes, site: Site) -> bool:
     count = len(before) // 2
-    now = base64.b64decode(sample(site, count))
+    now = sample(site, count)
     misses = sum(before[2 * i : 2 * i + 2] != now[2 * i : 2 * i + 2] for i in range(count))
     return misses > max(1, count // TOLERATED)
 

@@ -104,6 +104,12 @@ class SiteHooks:
             module.register_forward_hook(self.after, with_kwargs=True, prepend=True),
         ]
 
+    def remove(self, entry: Entry) -> None:
+        """Serve one adapter less; the hooks go with the last."""
+        self.entries = tuple(other for other in self.entries if other is not entry)
+        for handle in () if self.entries else self.handles:
+            handle.remove()
+
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

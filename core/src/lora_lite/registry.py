@@ -11,7 +11,7 @@ from lora_lite.errors import AdapterError
 from lora_lite.hooks import Control, Entry, SiteHooks, attribute, hooks_of
 from lora_lite.layers import LayerKind, is_dtensor
 from lora_lite.plugins import kind_of
-from lora_lite.targets import Placement, named_modules, root_of
+from lora_lite.targets import Placement, find_layers, named_modules, plain_path, root_of
 
 KEY = "_lora_lite"
 
@@ -28,7 +28,7 @@ class Registry:
     def __init__(self, root: nn.Module) -> None:
         self.controls: dict[str, Control] = {}
         self.entered: dict[str, LayerKind] = {}
-        self.trainable = frozenset(name for name, p in _named_parameters(root) if p.requires_grad)
+        self.trainable = frozenset(plain_path(name) for name, p in root.named_parameters() if p.requires_grad)
 
 
 def registry_of(root: nn.Module) -> Registry | None:
@@ -48,22 +48,17 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
     found = [(module, registry.controls) for module in root.modules() if (registry := registry_of(module))]
     if len(found) > 1:
         names = ", ".join(type(module).__name__ for module, _ in found)
-        raise AdapterError(
-            f"adapters were attached through {len(found)} modules of this model ({names}); "
-            "detach all but one of them, each through the module it was attached through"
-        )
-    if not found and any(hooks_of(module) for module in root.modules()):
-        raise AdapterError(
-            f"this {type(root).__name__} is a part of a larger model through which its adapters were attached; "
-            "use that larger model here"
-        )
+        raise AdapterError(f"adapters were attached through {len(found)} modules of this model ({names}); detach all but one")
+    if not found and any(map(hooks_of, root.modules())):
+        whole = f"this {type(root).__name__} is a part of a larger model through which its adapters were attached"
+        raise AdapterError(f"{whole}; use that larger model here")
     return found[0] if found else (root, {})
 
 
 def refuse_wrapped(root: nn.Module) -> None:
     """Raises `AdapterError` for a model that DDP or FSDP2 has prepared already: it would not reduce new gradients."""
     wrapped = isinstance(root, nn.parallel.DistributedDataParallel)
-    if wrapped or any(is_dtensor(p) for p in root.parameters()):
+    if wrapped or any(map(is_dtensor, root.parameters())):
         what = "is wrapped in DistributedDataParallel" if wrapped else "has sharded parameters (DTensor)"
         raise AdapterError(
             f"the model {what}: attach, load and detach on the module itself, before it is wrapped and before fully_shard(), "
@@ -81,15 +76,11 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
         raise AdapterError(f"name={name!r}: an adapter's name is made of letters, digits and underscores")
     found, controls = adapted_root(root)
     if found is not root:
-        raise AdapterError(
-            f"adapters were attached through a part of this model ({type(found).__name__}); attach this one through the same "
-            "part, or detach those first"
-        )
+        part = f"a part of this model ({type(found).__name__})"
+        raise AdapterError(f"adapters were attached through {part}; attach this one there too, or detach those first")
     if name in controls:
-        raise AdapterError(
-            f"an adapter named {name!r} is attached already; detach it, or give this one another name= "
-            f"(in use: {', '.join(sorted(controls))})"
-        )
+        used = ", ".join(sorted(controls))
+        raise AdapterError(f"an adapter named {name!r} is attached already; detach it, or give another name= (in use: {used})")
     for placement in placements:
         path, module = placement.spot.path, placement.module
         if any(p.device.type == "meta" for p in module.parameters()):
@@ -105,37 +96,30 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
 
 @contextmanager
 def opened(root: nn.Module) -> Iterator[Registry]:
-    """The registry. Where there is none yet, the base is frozen and its layers entered; undone if no adapter came of it."""
+    """The registry. For the first adapter the base is frozen and every layer of a known kind entered, since what comes of one
+    layer's adapter goes through the others; undone where no adapter came of it.
+    """
     registry = registry_of(root)
     if registry is None:
         root.__dict__[KEY] = registry = Registry(root)
         root.requires_grad_(False)
     try:
-        if not registry.entered:
-            _enter_layers(root, registry)
+        for layer in find_layers(root) if not registry.entered else ():
+            if kind := kind_of(layer.module):
+                kind.enter(layer.module)
+                registry.entered[layer.path] = kind
         yield registry
     finally:
         if not registry.controls and registry_of(root) is registry:
             _close(root, registry)
 
 
-def _enter_layers(root: nn.Module, registry: Registry) -> None:
-    """All layers that have a kind: what comes of one layer's adapter goes through the others."""
-    seen: set[nn.Module] = set()
-    for path, module in named_modules(root):
-        kind = None if module in seen else kind_of(module)
-        seen.add(module)
-        if kind is not None:
-            kind.enter(module)
-            registry.entered[path] = kind
-
-
 def _close(root: nn.Module, registry: Registry) -> None:
     modules = dict(named_modules(root))
     for path, kind in registry.entered.items():
         kind.exit(modules[path])
-    for name, parameter in _named_parameters(root):
-        parameter.requires_grad_(name in registry.trainable)
+    for name, parameter in root.named_parameters():
+        parameter.requires_grad_(plain_path(name) in registry.trainable)
     del root.__dict__[KEY]
 
 
@@ -163,29 +147,12 @@ def _install_site(entry: Entry, module: nn.Module, values: Mapping[str, Tensor])
 
 def remove(root: nn.Module, control: Control) -> None:
     """Take one adapter off; the last one to leave restores the base's `requires_grad` and removes every trace."""
-    registry, modules = registry_of(root), dict(named_modules(root))
-    assert registry is not None
-    for path, entry in control.entries.items():
-        module = modules[path]
-        for key in entry.attributes.values():
-            module._parameters.pop(key, None)
-        hooks = hooks_of(module)
-        if hooks is not None:
-            hooks.entries = tuple(other for other in hooks.entries if other is not entry)
-            if not hooks.entries:
-                for handle in hooks.handles:
-                    handle.remove()
-    control.entries = {}
-    del registry.controls[control.name]
-    if not registry.controls:
-        _close(root, registry)
-
-
-def _named_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, under the path of its first module, without the names that wrappers add."""
-    seen: set[nn.Parameter] = set()
-    for path, module in named_modules(root):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield f"{path}.{name}", parameter
+    with opened(root) as registry:
+        modules = dict(named_modules(root))
+        for path, entry in control.entries.items():
+            for key in entry.attributes.values():
+                modules[path]._parameters.pop(key, None)
+            if hooks := hooks_of(modules[path]):
+                hooks.remove(entry)
+        control.entries = {}
+        del registry.controls[control.name]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.errors import AdapterFileError, VariantContractError, bullets
-from lora_lite.fileformat import dtype_name
+from lora_lite.fileformat import dtypes_of
 from lora_lite.targets import Placement
 from lora_lite.variant import TensorSpec
 
@@ -39,19 +39,17 @@ def own_copies(
 
 
 def unpack(
-    placements: Sequence[Placement], saved: Mapping[str, Tensor], dtypes: Mapping[str, Sequence[str]] | None = None
+    placements: Sequence[Placement], saved: Mapping[str, Tensor], dtypes: Sequence[str] | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Every site's stored tensors, from a state dict, whose `dtypes` by tensor name are held against it if given.
+    """Every site's stored tensors, from a state dict, held against the file's `dtypes` if given.
 
     Raises:
         AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
     """
-    sites, others = by_site(saved, [p.spot.path for p in placements])
-    wrong = [f"{key}: extra (no such site)" for key in others]
-    for key, tensor in saved.items():
-        expected = (dtypes or {}).get(key.rpartition(".")[2], ())
-        if expected and dtype_name(tensor.dtype) not in expected:
-            wrong.append(f"{key}: dtype {tensor.dtype}, expected {' or '.join(expected)}")
+    sites = by_site(saved, [p.spot.path for p in placements])
+    wrong = [f"{key}: extra (no such site)" for key in saved if key.rpartition(".")[0] not in sites]
+    mistyped = {} if dtypes is None else {k: t.dtype for k, t in saved.items() if dtypes_of({k: t})[0] not in dtypes}
+    wrong += [f"{key}: dtype {dtype}, expected as saved: {', '.join(dtypes or ())}" for key, dtype in mistyped.items()]
     values = {}
     for placement in placements:
         path, variant = placement.spot.path, placement.variant
@@ -68,17 +66,14 @@ def unpack(
     return values
 
 
-def by_site(saved: Mapping[str, Tensor], paths: Iterable[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """A state dict's tensors by site and name, for each of `paths`, and the keys that belong to none of them."""
+def by_site(saved: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """A state dict's tensors by site and name, for each of `paths`."""
     sites: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
-    others = []
     for key, tensor in saved.items():
         path, _, name = key.rpartition(".")
         if path in sites:
             sites[path][name] = tensor
-        else:
-            others.append(key)
-    return sites, others
+    return sites
 
 
 def problems(specs: Mapping[str, TensorSpec], values: Mapping[str, Tensor], prefix: str) -> list[str]:

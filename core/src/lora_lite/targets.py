@@ -180,10 +180,15 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every one of its paths, without wrappers and the names that they add."""
+    """Every module but the wrappers, under every one of its paths."""
     for path, module in root.named_modules(remove_duplicate=False):
         if not any(wrapper in module._modules for wrapper in WRAPPERS):
-            yield ".".join(part for part in path.split(".") if part not in WRAPPERS), module
+            yield plain_path(path), module
+
+
+def plain_path(path: str) -> str:
+    """A path without the names that wrappers add."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def find_layers(root: nn.Module) -> list[Layer]:

@@ -108,7 +108,7 @@ def test_a_strangers_plugin(install: Callable[..., None], tmp_path: Path) -> Non
     adapter = ll.attach(model(), "shift", size=2.0)
     assert (str(adapter.variant), adapter.num_parameters) == ("shift(size=2.0)", 4)
     adapter.save(tmp_path / "a")
-    assert ll.fileformat.read_metadata(tmp_path / "a")[0].provider == "lora-lite-stranger 1.5"  # type: ignore[attr-defined]
+    assert ll.fileformat.read(tmp_path / "a")[0].provider == "lora-lite-stranger 1.5"  # type: ignore[attr-defined]
     assert ll.load(model(), tmp_path / "a").variant == adapter.variant
     with pytest.raises(ll.UnknownVariantError, match="there is no variant 'shfit'; did you mean 'shift'"):
         ll.attach(model(), "shfit")

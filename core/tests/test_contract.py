@@ -317,7 +317,7 @@ def test_files_of_an_older_format_are_upgraded(blocks: Make, tmp_path: Path) -> 
     x = torch.randn(3, 8)
     torch.testing.assert_close(fresh(x), model(x))
     new.save(tmp_path / "new")
-    assert fileformat.read_metadata(tmp_path / "new")[0].variant_format == 3
+    assert fileformat.read(tmp_path / "new")[0].variant_format == 3
     assert ll.load(blocks(), tmp_path / "new", variant=New).sites == new.sites
     with pytest.raises(ll.AdapterFileError, match=r"format 3 of variant 'grown'.*reads up to 1"):
         ll.load(blocks(), tmp_path / "new", variant=Old)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor

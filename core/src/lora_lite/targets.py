@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora_lite.plugins import kind_of, make_variant, validated
 from lora_lite.variant import Site, Spot, TensorSpec, Variant
 
 Patterns = str | Sequence[str] | None
+Indices = int | Iterable[int] | None
 Overrides = Mapping[str, Mapping[str, Any]] | None
 
 # Names that wrappers put into a module's path; a file must load with and without them.
@@ -90,7 +91,7 @@ def plan(
     *,
     targets: Patterns = None,
     exclude: Patterns = None,
-    layers: int | Iterable[int] | None = None,
+    layers: Indices = None,
     overrides: Overrides = None,
     **fields: Any,
 ) -> Plan:
@@ -147,8 +148,7 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
     if misfits:
         raise MisfitError(
             f"the variant does not fit {len(misfits)} of {len(placements) + len(misfits)} sites; nothing was changed. Choose "
-            "other fields, or set them for these sites with overrides=, or leave the sites out with exclude=:"
-            f"{bullets(misfits)}"
+            f"other fields, or other ones for these sites (overrides=), or leave the sites out (exclude=):{bullets(misfits)}"
         )
     return tuple(placements)
 
@@ -218,41 +218,27 @@ def _blocks(paths: list[str], lists: set[str]) -> Iterator[int]:
 
 
 def _select(
-    root: nn.Module,
-    found: list[Layer],
-    variant: Variant,
-    targets: Patterns,
-    exclude: Patterns,
-    layers: int | Iterable[int] | None,
+    root: nn.Module, found: list[Layer], variant: Variant, targets: Patterns, exclude: Patterns, layers: Indices
 ) -> list[Layer]:
     if not found:
         raise TargetError(f"{type(root).__name__} has no linear layer")
-    if targets is not None:
-        groups = _matches(targets, found, "targets")
-    elif variant.default_targets:
-        groups = [set().union(*_matches(variant.default_targets, found, "targets"))]
-    else:
-        groups = [{layer for layer in found if layer.blocks}]
-    if not groups:
-        raise TargetError("targets=() chooses no layer; give a regular expression, or leave it out for the default")
-    if not groups[0]:
-        raise TargetError(
-            f"{type(root).__name__} has no repeated blocks (ModuleLists) to choose layers from by default; "
-            f"give targets=. Its linear layers:{_inventory(found)}"
-        )
+    groups = _matches(variant.default_targets if targets is None else targets, found, "targets")
+    if targets is None:
+        groups = [set().union(*groups) or {layer for layer in found if layer.blocks}]
+    if not groups or not groups[0]:
+        why = f"{type(root).__name__} has no repeated blocks (ModuleLists) to choose layers from by default"
+        why = why if targets is None else "targets=() chooses no layer"
+        raise TargetError(f"{why}; give targets=. The linear layers to choose from:{_inventory(found)}")
     taken = _heads(root, found) if exclude is None else set().union(*_matches(exclude, found, "exclude"))
     for group in groups:
         if group <= taken:
-            raise TargetError(
-                f"exclude{'' if exclude else ' (by default the output head)'} takes away all that targets= matches"
-                f"{'' if targets is None else ' with one of its patterns'}:"
-                f"{bullets(layer.path for layer in found if layer in group)}\n"
-                "To adapt these, give exclude=(); else leave the pattern out"
-            )
+            given = "exclude" if exclude else "exclude (by default the output head)"
+            lost = bullets(layer.path for layer in found if layer in group)
+            raise TargetError(f"{given} takes away all that a pattern of targets= matches; exclude=() would adapt these:{lost}")
     chosen = set().union(*groups) - taken
-    selected = _inside([layer for layer in found if layer in chosen], found, layers)
-    silent = [layer.path for layer in selected if not layer.reachable]
-    if silent:
+    selected = [layer for layer in found if layer in chosen]
+    selected = selected if layers is None else _inside(selected, found, layers)
+    if silent := [layer.path for layer in selected if not layer.reachable]:
         raise TargetError(
             "hooks never fire on these layers, because their parent (nn.MultiheadAttention) reads their weight "
             f"without calling them; leave them out with exclude=:{bullets(silent)}"
@@ -260,24 +246,19 @@ def _select(
     return selected
 
 
-def _inside(selected: list[Layer], found: list[Layer], layers: int | Iterable[int] | None) -> list[Layer]:
+def _inside(selected: list[Layer], found: list[Layer], layers: int | Iterable[int]) -> list[Layer]:
     """Those that lie in the repeated blocks `layers`."""
-    if layers is None:
-        return selected
     wanted = {layers} if isinstance(layers, int) else set(layers)
     known: set[int] = set().union(*(layer.blocks for layer in found))
-    if not wanted or not wanted <= known:
-        have = f"0 to {max(known)}" if known else "none at all"
-        raise TargetError(f"layers={sorted(wanted)}: the model has repeated blocks {have}")
     kept = [layer for layer in selected if wanted & layer.blocks]
-    if not kept:
-        raise TargetError(f"layers={sorted(wanted)}: none of the chosen layers lies in these blocks")
+    if not kept or not wanted <= known:
+        have = f"repeated blocks {f'0 to {max(known)}' if known else 'none at all'}"
+        raise TargetError(f"layers={sorted(wanted)}: the model has {have}, and {len(kept)} of the chosen layers lie in those")
     return kept
 
 
 def _heads(root: nn.Module, found: list[Layer]) -> set[Layer]:
-    get: Callable[[], Any] | None = getattr(root, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = getattr(root, "get_output_embeddings", lambda: None)()
     return {layer for layer in found if layer.module is head or any(HEAD.search(path) for path in layer.paths)}
 
 
@@ -302,10 +283,8 @@ def _matches(patterns: Patterns, among: list[Layer], argument: str) -> list[set[
             raise TargetError(f"{argument}={patterns!r}: not a regular expression: {error}") from None
         if not groups[-1]:
             names = {part for layer in among for part in layer.path.split(".") if not part.isdigit()}
-            raise TargetError(
-                f"{argument}: {pattern!r} matches no linear layer{did_you_mean(pattern.strip('^$.'), names)}\n"
-                f"The linear layers to choose from:{_inventory(among)}"
-            )
+            told = f"{argument}: {pattern!r} matches no linear layer{did_you_mean(pattern.strip('^$.'), names)}"
+            raise TargetError(f"{told}\nThe linear layers to choose from:{_inventory(among)}")
     return groups
 
 
@@ -317,12 +296,11 @@ def _inventory(layers: list[Layer]) -> str:
 def _unreachable(root: nn.Module, found: list[Layer]) -> Iterator[str]:
     known = {layer.module for layer in found}
     for path, module in root.named_modules():
-        outside_torch = not type(module).__module__.startswith("torch.nn")
-        if isinstance(module, nn.MultiheadAttention) or (outside_torch and module not in known):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2:
-                    shape = " x ".join(map(str, parameter.shape))
-                    yield f"{path}.{name} ({shape}) is a bare parameter of {type(module).__name__}, not a layer"
+        outside_torch = not type(module).__module__.startswith("torch.nn") and module not in known
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and (outside_torch or isinstance(module, nn.MultiheadAttention)):
+                shape = " x ".join(map(str, parameter.shape))
+                yield f"{path}.{name} ({shape}) is a bare parameter of {type(module).__name__}, not a layer"
     for layer in found:
         if not layer.reachable:
             yield f"{layer.path}: its parent reads the weight without calling the layer"

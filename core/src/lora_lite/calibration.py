@@ -32,10 +32,8 @@ def calibrate(model: nn.Module, placements: Sequence[Placement], batches: Iterab
     expected = "an iterable of model inputs, such as a DataLoader"
     if batches is None:
         raise CalibrationError(f"{observed[0][0].variant} needs calibration data: give calibration= {expected}")
-    if isinstance(batches, Mapping | Tensor):
-        raise CalibrationError("calibration= is one batch, not several; give calibration=[batch]")
-    if not isinstance(batches, Iterable):
-        raise CalibrationError(f"calibration={batches!r}: expected {expected}")
+    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"calibration= is {describe(batches)}: expected {expected}; of one batch, [batch]")
     calls = _stream(model, observed, batches)
     if silent := [p.spot.path for p, _ in observed if not calls[p.spot.path]]:
         raise CalibrationError(f"these sites were never called during calibration:{bullets(silent)}")

@@ -30,10 +30,8 @@ class Report:
     parameters: int
 
     def __str__(self) -> str:
-        return (
-            f"{', '.join(self.adapters)}: {self.sites} layers were called, "
-            f"{self.parameters} parameters got a finite, non-zero gradient"
-        )
+        names = ", ".join(self.adapters)
+        return f"{names}: {self.sites} layers were called, {self.parameters} parameters got a finite, non-zero gradient"
 
 
 def check(model: nn.Module, batch: Any) -> Report:
@@ -108,29 +106,23 @@ def _loss(output: Any, batch: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss
-    for value in tree_leaves(output):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.float().square().mean()
-    raise CheckError(f"the model gives no floating-point tensor for this batch ({describe(batch)})")
+    tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
+    if not tensors:
+        raise CheckError(f"the model gives no floating-point tensor for this batch ({describe(batch)})")
+    return tensors[0].float().square().mean()
 
 
 def _bad_gradients(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
-    gradients = {name: p.grad for name, p in parameters.items()}
-    missing = [f"{name}: no gradient" for name, g in gradients.items() if g is None]
-    broken = [f"{name}: the gradient is not finite" for name, g in gradients.items() if g is not None and not _finite(g)]
-    zero = [f"{name}: the gradient is zero" for name, g in gradients.items() if g is not None and not g.any()]
+    missing = [f"{name}: no gradient" for name, p in parameters.items() if p.grad is None]
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    broken = [f"{name}: the gradient is not finite" for name, gradient in found.items() if not gradient.isfinite().all()]
+    zero = [f"{name}: the gradient is zero" for name, gradient in found.items() if not gradient.any()]
     return (_checkpointing(model) if missing else []) + missing + broken + zero
 
 
-def _finite(gradient: Tensor) -> bool:
-    return bool(torch.isfinite(gradient).all())
-
-
 def _checkpointing(model: nn.Module) -> list[str]:
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return []
     told = (
         "gradient checkpointing is on: in its reentrant form it drops the gradients of a block whose input needs none. Turn it "
         "on with {'use_reentrant': False} as its keyword arguments, or call model.enable_input_require_grads()"
     )
-    return [told]
+    return [told] if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) else []

@@ -164,20 +164,15 @@ def _source(point: metadata.EntryPoint) -> tuple[str, str, str]:
     return (point.dist.name, point.dist.version, point.value) if point.dist else ("an unknown distribution", "?", point.value)
 
 
-def _origin(point: metadata.EntryPoint) -> str:
-    return "{} {} ({})".format(*_source(point))
-
-
 def _where(point: metadata.EntryPoint) -> str:
-    return f"{point.group} {point.name!r} of {_origin(point)}"
+    return "{} {!r} of {} {} ({})".format(point.group, point.name, *_source(point))
 
 
 def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
     """The object of the only one of `points`, a subclass of `base`."""
     point, where = points[0], _where(points[0])
     if len(points) > 1:
-        providers = " and ".join(_origin(point) for point in points)
-        raise PluginError(f"{point.group} {point.name!r} is provided twice, by {providers}; uninstall one of them")
+        raise PluginError(f"{point.name!r} is provided twice, by {' and by '.join(map(_where, points))}; uninstall one of them")
     needs = next((n for n in (point.dist and point.dist.requires) or () if re.match(r"lora-lite-core(?![\w-])[^;]*$", n)), "")
     core = metadata.version("lora-lite-core")
     asks = f"asks for {needs or 'no particular lora-lite-core'}; installed is lora-lite-core {core}"

@@ -190,7 +190,11 @@ def test_models_that_cannot_carry_an_adapter(blocks: Make, untouched: Untouched)
         ({"select": "activation"}, [], r"calibration= is empty"),
         ({"select": "activation"}, [torch.randn(9, 8), torch.randn(9, 5)], r"rejects calibration batch 1 \(float32\[9, 5\]\)"),
         ({"select": "activation"}, [{"y": torch.randn(2, 3)}], r"batch 0 \(y: float32\[2, 3\]\): TypeError: .*'y'"),
-        ({"select": "activation"}, {"x": torch.randn(9, 8)}, r"expected an iterable of model inputs.*; of one batch, \[batch\]"),
+        (
+            {"select": "activation"},
+            {"x": torch.randn(9, 8)},
+            r"expected an iterable of model inputs.*; of one batch, \[batch\]",
+        ),
         ({"select": "activation"}, torch.randn(9, 8), r"expected an iterable of model inputs.*; of one batch, \[batch\]"),
         ({"select": "activation"}, 3, r"calibration= is int: expected an iterable of model inputs"),
     ],

@@ -548,7 +548,7 @@ def by_torchao(model: nn.Module) -> None:
         (by_torch_ao, r"torch\.ao\.nn\.quantized\.dynamic.*Linear"),
         (by_hqq, r"hqq\.core.*HQQLinear"),
         (by_quanto, r"optimum\.quanto.*QLinear"),
-        (by_torchao, r"torch\.nn.*Linear with a weight of torchao.*Int8Tensor"),
+        (by_torchao, r"torch\.nn.*Linear, its weight torchao.*Int8Tensor"),
     ],
 )
 def test_a_layer_that_nobody_teaches(quantise: Callable[[nn.Module], None], cls: str) -> None:

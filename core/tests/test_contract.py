@@ -120,8 +120,8 @@ def test_specialize_chooses_per_site_variants_and_drops_sites(blocks: Make, tmp_
     ("what", "error", "complaint"),
     [
         ("too large", ll.MisfitError, "99 is larger"),
-        ("elsewhere", ll.TargetError, r"specialises sites it was not given: \['no.such.site'\]"),
-        ("another class", ll.VariantContractError, "gives variants of another class"),
+        ("elsewhere", ll.VariantContractError, r"gives .*no\.such\.site.*: sites it was not given, or another class"),
+        ("another class", ll.VariantContractError, r"gives .*: sites it was not given, or another class"),
         ("none", ll.TargetError, "drops every one of its 4 sites"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -24,8 +25,8 @@ from lora_lite.layers import is_dtensor, whole
 from lora_lite.plugins import provider
 from lora_lite.registry import adapted_root, install, opened, refuse_unfit, refuse_wrapped, remove
 from lora_lite.state import place_values, unpack
-from lora_lite.targets import Overrides, Patterns, Placement, named_modules, place, plan, root_of
-from lora_lite.variant import Rng, Site, TensorSpec, Variant
+from lora_lite.targets import Indices, Overrides, Patterns, Placement, named_modules, place, plan, root_of
+from lora_lite.variant import Site, Tensors, TensorSpec, Variant
 
 
 def attach(
@@ -36,7 +37,7 @@ def attach(
     name: str = "default",
     targets: Patterns = None,
     exclude: Patterns = None,
-    layers: int | Iterable[int] | None = None,
+    layers: Indices = None,
     overrides: Overrides = None,
     calibration: Iterable[Any] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -217,11 +218,6 @@ class Adapter:
     def scale(self, value: float) -> None:
         self._attached().scale = float(value)
 
-    @property
-    def active(self) -> bool:
-        """Whether the adapter changes the model's output: not `disabled()`, and its scale not 0."""
-        return self._control.enabled and self.scale != 0
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without this adapter, for the duration of the context."""
@@ -294,9 +290,7 @@ class Adapter:
         """
         state, left_out = self.state_dict(derived), {} if derived else self._derived()
         if not derived and not left_out:
-            raise AdapterFileError(
-                f"derived=False: {self.variant} has no tensor that can be derived from the base alone; save with derived=True"
-            )
+            raise AdapterFileError(f"derived=False: nothing of {self.variant} can be derived from the base alone; leave it out")
         distinct = list(dict.fromkeys(self.sites.values()))
         header = Metadata(
             variant=self.variant.name,
@@ -353,10 +347,9 @@ def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mappin
     for variant in dict.fromkeys(p.variant for p in placements):
         sites = {p.spot.path: p.site for p in placements if p.variant == variant}
         changed = variant.specialize(sites, {path: statistics.get(path, {}) for path in sites})
-        if not changed.keys() <= sites.keys():
-            raise TargetError(f"{variant} specialises sites it was not given: {sorted(changed.keys() - sites.keys())}")
-        if any(v is not None and type(v) is not type(variant) for v in changed.values()):
-            raise VariantContractError(f"{variant}.specialize gives variants of another class: {set(changed.values())}")
+        others = {path: v for path, v in changed.items() if path not in sites or type(v) not in (type(variant), type(None))}
+        if others:
+            raise VariantContractError(f"{variant}.specialize gives {others}: sites it was not given, or another class")
         chosen.update(changed)
     if all(p.variant is chosen[p.spot.path] for p in placements):
         return placements
@@ -366,22 +359,16 @@ def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mappin
     return place(kept)
 
 
-def _start_values(
-    placement: Placement, statistics: Mapping[str, Tensor], control: Control, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _start_values(placement: Placement, statistics: Tensors, control: Control, dtype: torch.dtype) -> dict[str, Tensor]:
     site, variant = placement.site, placement.variant
     with torch.no_grad():
         derived = variant.derive(site)
-        started = variant.init(site, derived, statistics, _rng(control.seed, site.path))
+        started = variant.init(site, derived, statistics, partial(_generator, control.seed, site.path))
     control.uses_base |= site.weight_was_read
     return place_values(placement, {**derived, **started}, dtype)
 
 
-def _rng(seed: int, path: str) -> Rng:
-    """Generators that depend on (seed, path, tensor name) alone."""
-
-    def generator(tensor: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{seed}/{path}/{tensor}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    return generator
+def _generator(seed: int, path: str, tensor: str) -> torch.Generator:
+    """It depends on these three alone."""
+    digest = hashlib.sha256(f"{seed}/{path}/{tensor}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

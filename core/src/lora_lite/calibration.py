@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,18 +48,15 @@ def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], ba
     calls: Counter[str] = Counter()
     count = 0
 
-    def watch(path: str, observer: Observer) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            calls[path] += 1
-            observer.update(_rows(layer_input(args, kwargs), mask), _rows(y, mask))
-
-        return hook
+    def watch(path: str, observer: Observer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        calls[path] += 1
+        observer.update(_rows(layer_input(args, kwargs), mask), _rows(y, mask))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         for p, observer in observed:
-            handle = p.module.register_forward_hook(watch(p.spot.path, observer), with_kwargs=True)
+            handle = p.module.register_forward_hook(partial(watch, p.spot.path, observer), with_kwargs=True)
             stack.callback(handle.remove)
         for count, batch in enumerate(batches, start=1):
             given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -66,8 +64,9 @@ def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], ba
             try:
                 call(model, batch, device)
             except Exception as error:
+                told = f"{type(error).__name__}: {error}"
                 raise CalibrationError(
-                    f"the model rejects calibration batch {count - 1} ({describe(batch)}): {type(error).__name__}: {error}"
+                    f"the model rejects calibration batch {count - 1} ({describe(batch)}): {told}"
                 ) from error
     if not count:
         raise CalibrationError("calibration= is empty; give at least one batch (an iterator can be used only once)")

@@ -18,7 +18,7 @@ from lora_lite.plugins import variant_class
 from lora_lite.registry import install, refuse_unfit, refuse_wrapped
 from lora_lite.state import by_site, own_copies, unpack
 from lora_lite.targets import Placement, named_modules, place, root_of
-from lora_lite.variant import Variant
+from lora_lite.variant import Tensors, Variant
 
 
 def save(model: nn.Module, path: FilePath, name: str | None = None, *, derived: bool = True) -> None:
@@ -81,15 +81,11 @@ def load(
     return Adapter(root, control)
 
 
-def _upgraded(
-    path: FilePath, cls: type[Variant], header: Metadata, tensors: dict[str, Tensor]
-) -> tuple[dict[str, Variant], dict[str, Tensor]]:
+def _upgraded(path: FilePath, cls: type[Variant], header: Metadata, tensors: Tensors) -> tuple[dict[str, Variant], Tensors]:
     """The variant of each site, and the file's tensors, in the format of the installed class."""
     if header.variant_format > cls.format:
-        raise AdapterFileError(
-            f"{path} has format {header.variant_format} of variant {cls.name!r}, written by {header.provider}; the installed "
-            f"one reads up to {cls.format}. Upgrade its distribution"
-        )
+        newer = f"{path} has format {header.variant_format} of variant {cls.name!r}, written by {header.provider}"
+        raise AdapterFileError(f"{newer}; the installed one reads up to {cls.format}. Upgrade its distribution")
     texts = {site: header.configurations[index] for site, index in header.sites.items()}
     try:
         if header.variant_format < cls.format:
@@ -97,7 +93,7 @@ def _upgraded(
             for site, saved in old.items():
                 fields, new = cls.upgrade(json.loads(texts[site]), saved, header.variant_format)
                 texts[site] = json.dumps(fields)
-                tensors |= {f"{site}.{name}": tensor for name, tensor in new.items()}
+                tensors = {**tensors, **{f"{site}.{name}": tensor for name, tensor in new.items()}}
         made = {text: cls.model_validate_json(text) for text in set(texts.values())}
         return {site: made[text] for site, text in texts.items()}, tensors
     except ValidationError as error:
@@ -106,21 +102,16 @@ def _upgraded(
 
 def _placements(path: FilePath, root: nn.Module, variants: Mapping[str, Variant]) -> tuple[Placement, ...]:
     modules = dict(named_modules(root))
-    missing = [f"{site}{did_you_mean(site, modules)}" for site in variants if site not in modules]
-    if missing:
-        raise AdapterFileError(
-            f"{path} adapts {len(variants)} layers, {len(missing)} of which {type(root).__name__} does not have; "
-            f"nothing was changed:{bullets(missing)}"
-        )
+    if missing := [f"{site}{did_you_mean(site, modules)}" for site in variants if site not in modules]:
+        lacks = f"{len(missing)} of which {type(root).__name__} does not have"
+        raise AdapterFileError(f"{path} adapts {len(variants)} layers, {lacks}; nothing was changed:{bullets(missing)}")
     return place((site, modules[site], variant) for site, variant in variants.items())
 
 
 def _check_base(path: FilePath, header: Metadata, placements: tuple[Placement, ...]) -> None:
     other = changed(header.fingerprint, {p.spot.path: p.site for p in placements})
-    told = (
-        f"{path} was made on a base with other weights: {len(other)} of {len(placements)} sites differ by more than rounding "
-        f"to bfloat16:{bullets(other, limit=3)}\n"
-    )
+    count = f"{len(other)} of {len(placements)} sites differ by more than rounding to bfloat16"
+    told = f"{path} was made on a base with other weights: {count}:{bullets(other, limit=3)}\n"
     if other and header.uses_base:
         raise BaseMismatchError(f"{told}Its tensors were computed from those weights. Load that base, or give check_base=False")
     if other:
@@ -136,8 +127,7 @@ def _derive(path: FilePath, header: Metadata, placements: tuple[Placement, ...])
     }
     wrong = [key for key, value in derived.items() if key not in header.probes or not probe_agrees(value, header.probes[key])]
     if wrong:
-        raise BaseMismatchError(
-            f"{path} was saved without derived tensors, and {len(wrong)} of them come out differently on this base (or with "
-            f"this version of torch or the plugin); load a file saved with derived=True:{bullets(wrong, limit=3)}"
-        )
+        differ = f"{len(wrong)} of them come out differently on this base (or with this version of torch or the plugin)"
+        told = f"{path} was saved without derived tensors, and {differ}; load a file saved with derived=True"
+        raise BaseMismatchError(f"{told}:{bullets(wrong, limit=3)}")
     return derived

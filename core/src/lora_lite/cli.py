@@ -13,9 +13,9 @@ from torch import nn
 
 from lora_lite import fileformat
 from lora_lite.errors import LoraLiteError
-from lora_lite.new import new
 from lora_lite.plugins import make_variant, variant_class, variants
 from lora_lite.targets import plan
+from lora_lite.testing.new import new
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(options.run(options))
     except LoraLiteError as error:
         print(f"lora-lite: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = "transformers" if error.name == "transformers" else "lora-lite-core[testing]"
+        print(f"lora-lite: this command needs {error.name}; pip install {package}", file=sys.stderr)
         return 1
     return 0
 
@@ -77,10 +81,8 @@ def _new(options: argparse.Namespace) -> str:
 
 
 def _conform(options: argparse.Namespace) -> str:
-    try:
-        from lora_lite.testing.conform import conform
-    except ImportError as error:
-        raise LoraLiteError(f"the conformance suite needs {error.name}; pip install lora-lite-core[testing]") from None
+    from lora_lite.testing.conform import conform
+
     return conform(options.variant, partial(print, flush=True))
 
 
@@ -102,10 +104,8 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _empty_model(name: str) -> nn.Module:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise LoraLiteError("lora-lite plan reads models with transformers; pip install transformers") from None
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):

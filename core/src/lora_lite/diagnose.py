@@ -63,7 +63,9 @@ def check(model: nn.Module, batch: Any) -> Report:
         loss = _loss(call(model, batch, next(model.parameters()).device), batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-            wrong = [f"adapter {a.name!r} is disabled or has scale 0" for a in found.values() if not a.active]
+            wrong = [
+                f"adapter {a.name!r} is disabled or has scale 0" for a in found.values() if not (a._control.enabled and a.scale)
+            ]
             wrong += [f"{path}: the layer was never called, so its hooks never fired" for path in modules if not calls[path]]
             wrong += _bad_gradients(parameters, model)
         elif torch.is_grad_enabled():

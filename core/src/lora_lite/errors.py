@@ -45,12 +45,11 @@ class SiteError(LoraLiteError, ValueError):
     """
 
     def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
+        super().__init__(field, reason)
+        self.field, self.reason = field, reason
 
-    def __reduce__(self) -> "tuple[type[SiteError], tuple[str, str]]":
-        return type(self), (self.field, self.reason)
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
 
 
 class MisfitError(LoraLiteError, ValueError):

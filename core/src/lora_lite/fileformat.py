@@ -41,9 +41,7 @@ class Metadata(BaseModel):
         fingerprint: samples of the base's weights by site.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64"
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_bytes="base64", val_json_bytes="base64")
 
     format: int = FORMAT
     variant: str
@@ -108,10 +106,8 @@ def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
         loaded: Any = json.loads(text)
         version = loaded.get("format") if isinstance(loaded, dict) else None
         if isinstance(version, int) and version > FORMAT:
-            raise AdapterFileError(
-                f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}; this one reads up to "
-                f"{FORMAT}. pip install --upgrade lora-lite-core"
-            )
+            newer = f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}"
+            raise AdapterFileError(f"{newer}; this one reads up to {FORMAT}. pip install --upgrade lora-lite-core")
         return Metadata.model_validate_json(text), tensors
     except (json.JSONDecodeError, ValidationError) as error:
         raise AdapterFileError(f"{path} has damaged metadata: {error}") from None

@@ -57,8 +57,7 @@ def probe(tensor: Tensor) -> list[float]:
     rng = torch.Generator().manual_seed(0)
     left = torch.randn(PROBES, matrix.shape[0], generator=rng, dtype=torch.float64)
     right = torch.randn(matrix.shape[1], PROBES, generator=rng, dtype=torch.float64)
-    numbers: list[float] = ((left @ matrix) * right.T).sum(1).tolist()
-    return numbers
+    return [float(number) for number in ((left @ matrix) * right.T).sum(1)]
 
 
 def probe_agrees(tensor: Tensor, recorded: list[float]) -> bool:

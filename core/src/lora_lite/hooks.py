@@ -59,10 +59,8 @@ class Entry:
         if delta.shape == like.shape and delta.dtype != like.dtype and torch.is_autocast_enabled(like.device.type):
             delta = delta.to(like.dtype)
         if delta.shape != like.shape or delta.dtype != like.dtype:
-            raise VariantContractError(
-                f"variant {variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}; "
-                "a delta has the shape and dtype of what it is added to"
-            )
+            gave = f"variant {variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}"
+            raise VariantContractError(f"{gave}; a delta has the shape and dtype of what it is added to")
         return delta if extra or scale == 1.0 else delta * scale
 
     def _read(self, module: nn.Module, like: Tensor) -> dict[str, Tensor]:
@@ -70,10 +68,8 @@ class Entry:
         t: dict[str, Tensor] = {}
         for name, value in self.stored(module).items():
             if value.device != like.device:
-                raise AdapterError(
-                    f"adapter {self.control.name!r}: tensor {self.attributes[name]!r} is on {value.device}, the activation on "
-                    f"{like.device}; attach or load after the model is where it shall stay, or move both with model.to(device)"
-                )
+                where = f"tensor {self.attributes[name]!r} is on {value.device}, the activation on {like.device}"
+                raise AdapterError(f"{where}; attach or load where the model shall stay, or move both with model.to(device)")
             # An index stays what it is.
             t[name] = value.to(dtypes[self.specs[name].compute]) if value.is_floating_point() else value
         return t
@@ -113,19 +109,17 @@ class SiteHooks:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        live = [entry for entry in self.entries if entry.has_input_delta and entry.control.enabled]
-        if not live:
-            return None
         x = layer_input(args, kwargs)
-        x = x + _sum([entry.delta(module, x) for entry in live])
+        deltas = [entry.delta(module, x) for entry in self.entries if entry.has_input_delta and entry.control.enabled]
+        if not deltas:
+            return None
+        x = sum(deltas, start=x)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        live = [entry for entry in self.entries if entry.has_output_delta and entry.control.enabled]
-        if not live:
-            return None
         x = layer_input(args, kwargs)
-        return y + _sum([entry.delta(module, x, y) for entry in live])
+        deltas = [entry.delta(module, x, y) for entry in self.entries if entry.has_output_delta and entry.control.enabled]
+        return sum(deltas, start=y) if deltas else None
 
 
 def attribute(adapter: str, tensor: str) -> str:
@@ -137,10 +131,3 @@ def hooks_of(module: nn.Module) -> SiteHooks | None:
     """The adapter hooks on a layer, if it has any."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
     return next((owner for owner in owners if isinstance(owner, SiteHooks)), None)
-
-
-def _sum(deltas: list[Tensor]) -> Tensor:
-    first, *rest = deltas
-    for delta in rest:
-        first = first + delta
-    return first

@@ -103,12 +103,9 @@ def looks_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or all(isinstance(n, int) for n in features)
 
 
-def class_name(module: nn.Module) -> str:
-    """The class of a layer, and that of its weight where it is not a plain one."""
-    classes: list[type] = [type(module)]
-    if type(weight := getattr(module, "weight", None)) not in (nn.Parameter, Tensor, type(None)):
-        classes.append(type(weight))
-    return " with a weight of ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+def class_name(value: object) -> str:
+    """Where a class is and what it is called: `torch.nn.modules.linear.Linear`."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

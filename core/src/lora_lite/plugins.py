@@ -91,10 +91,8 @@ def variant_class(name: str) -> type[Variant]:
         raise UnknownVariantError(_not_installed(name, sorted(points)))
     loaded = _load(points[name], Variant)
     if loaded.name != name:
-        raise PluginError(
-            f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}; "
-            f"its author must make the entry point and `class {loaded.__qualname__}(Variant, name=...)` agree"
-        )
+        told = f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}"
+        raise PluginError(f"{told}; its author must make the entry point and `class ...(Variant, name=...)` agree")
     _manager.register(loaded, name=f"{VARIANTS}:{name}")
     return loaded
 

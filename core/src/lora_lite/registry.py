@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import Control, Entry, SiteHooks, attribute, hooks_of
 from lora_lite.layers import LayerKind, is_dtensor
 from lora_lite.plugins import kind_of
 from lora_lite.targets import Placement, find_layers, named_modules, plain_path, root_of
+from lora_lite.variant import Tensors
 
 KEY = "_lora_lite"
 
@@ -60,10 +61,8 @@ def refuse_wrapped(root: nn.Module) -> None:
     wrapped = isinstance(root, nn.parallel.DistributedDataParallel)
     if wrapped or any(map(is_dtensor, root.parameters())):
         what = "is wrapped in DistributedDataParallel" if wrapped else "has sharded parameters (DTensor)"
-        raise AdapterError(
-            f"the model {what}: attach, load and detach on the module itself, before it is wrapped and before fully_shard(), "
-            "or gradients of the adapter would silently not be reduced"
-        )
+        why = "or gradients of the adapter would silently not be reduced"
+        raise AdapterError(f"the model {what}: attach, load and detach before it is wrapped, and before fully_shard(), {why}")
 
 
 def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> None:
@@ -84,10 +83,8 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
     for placement in placements:
         path, module = placement.spot.path, placement.module
         if any(p.device.type == "meta" for p in module.parameters()):
-            raise AdapterError(
-                f"{path} is on the meta device (offloaded, or not loaded yet): an adapter there would silently do nothing. "
-                "Load the weights onto a real device first; plan() works on meta"
-            )
+            why = "is on the meta device (offloaded, or not loaded yet): an adapter there would silently do nothing"
+            raise AdapterError(f"{path} {why}. Load the weights onto a real device first; plan() works on meta")
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise AdapterError(f"{path} is offloaded by accelerate; load the model without offloading this layer")
         if taken := [key for tensor in placement.specs if hasattr(module, key := attribute(name, tensor))]:
@@ -111,21 +108,15 @@ def opened(root: nn.Module) -> Iterator[Registry]:
         yield registry
     finally:
         if not registry.controls and registry_of(root) is registry:
-            _close(root, registry)
+            modules = dict(named_modules(root))
+            for path, kind in registry.entered.items():
+                kind.exit(modules[path])
+            for name, parameter in root.named_parameters():
+                parameter.requires_grad_(plain_path(name) in registry.trainable)
+            del root.__dict__[KEY]
 
 
-def _close(root: nn.Module, registry: Registry) -> None:
-    modules = dict(named_modules(root))
-    for path, kind in registry.entered.items():
-        kind.exit(modules[path])
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(plain_path(name) in registry.trainable)
-    del root.__dict__[KEY]
-
-
-def install(
-    root: nn.Module, control: Control, placements: Sequence[Placement], values: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def install(root: nn.Module, control: Control, placements: Sequence[Placement], values: Mapping[str, Tensors]) -> None:
     """Register tensors and hooks. All or nothing."""
     with opened(root) as registry:
         registry.controls[control.name] = control
@@ -137,7 +128,7 @@ def install(
             raise
 
 
-def _install_site(entry: Entry, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+def _install_site(entry: Entry, module: nn.Module, values: Tensors) -> None:
     entry.control.entries[entry.spot.path] = entry
     hooks = hooks_of(module) or SiteHooks(module)
     for name, spec in entry.specs.items():

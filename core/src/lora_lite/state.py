@@ -1,6 +1,7 @@
 """Between an adapter's tensors on the layers and the flat `{"path.tensor": tensor}` of a state dict: strict both ways."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,38 +9,33 @@ from torch import Tensor
 from lora_lite.errors import AdapterFileError, VariantContractError, bullets
 from lora_lite.fileformat import dtypes_of
 from lora_lite.targets import Placement
-from lora_lite.variant import TensorSpec
+from lora_lite.variant import Tensors, TensorSpec
 
 
-def place_values(placement: Placement, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def place_values(placement: Placement, values: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
     """A site's start values as they will be stored: the trainable ones in `dtype`, unless their specs say otherwise.
 
     Raises:
         VariantContractError: the values are not what the variant declared.
     """
     if wrong := problems(placement.specs, values, ""):
-        raise VariantContractError(
-            f"variant {placement.variant.name!r} at {placement.spot.path} does not give what it declares:{bullets(wrong)}"
-        )
+        where = f"variant {placement.variant.name!r} at {placement.spot.path}"
+        raise VariantContractError(f"{where} does not give what it declares:{bullets(wrong)}")
     frozen = placement.site.dtype
     dtypes = {name: spec.dtype or (dtype if spec.trainable else frozen) for name, spec in placement.specs.items()}
     return own_copies(placement, values, dtypes)
 
 
-def own_copies(
-    placement: Placement, values: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype | None]
-) -> dict[str, Tensor]:
+def own_copies(placement: Placement, values: Tensors, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Tensor]:
     """The declared tensors in memory of their own on the layer's device; a dtype of None keeps the value's."""
     module = placement.module
     device = next(t for own in (module.parameters, module.buffers) for t in own(recurse=False)).device
-    return {
-        name: values[name].detach().to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, dtype in dtypes.items()
-    }
+    form: dict[str, Any] = {"device": device, "copy": True, "memory_format": torch.contiguous_format}
+    return {name: values[name].detach().to(dtype=dtype, **form) for name, dtype in dtypes.items()}
 
 
 def unpack(
-    placements: Sequence[Placement], saved: Mapping[str, Tensor], dtypes: Sequence[str] | None = None
+    placements: Sequence[Placement], saved: Tensors, dtypes: Sequence[str] | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Every site's stored tensors, from a state dict, held against the file's `dtypes` if given.
 
@@ -66,7 +62,7 @@ def unpack(
     return values
 
 
-def by_site(saved: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+def by_site(saved: Tensors, paths: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """A state dict's tensors by site and name, for each of `paths`."""
     sites: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     for key, tensor in saved.items():
@@ -76,7 +72,7 @@ def by_site(saved: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, dict
     return sites
 
 
-def problems(specs: Mapping[str, TensorSpec], values: Mapping[str, Tensor], prefix: str) -> list[str]:
+def problems(specs: Mapping[str, TensorSpec], values: Tensors, prefix: str) -> list[str]:
     """Where `values` differ from what `specs` declare, a line each."""
     found = [f"{prefix}{name}: missing, expected {list(specs[name].shape)}" for name in specs if name not in values]
     for name, value in values.items():

@@ -131,7 +131,7 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
     for path, module, variant in choices:
         kind = kind_of(module)
         if kind is None:
-            unknown.append(f"{path}: {class_name(module)}")
+            unknown.append(f"{path}: {class_name(module)}, its weight {class_name(getattr(module, 'weight', None))}")
             continue
         d_in, d_out = kind.shape(module)
         spot = Spot(path, kind, d_in, d_out, kind.bias(module) is not None)
@@ -146,10 +146,9 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
             f"package), or leave them out with exclude=:{bullets(unknown)}"
         )
     if misfits:
-        raise MisfitError(
-            f"the variant does not fit {len(misfits)} of {len(placements) + len(misfits)} sites; nothing was changed. Choose "
-            f"other fields, or other ones for these sites (overrides=), or leave the sites out (exclude=):{bullets(misfits)}"
-        )
+        misfit = f"the variant does not fit {len(misfits)} of {len(placements) + len(misfits)} sites; nothing was changed"
+        ways = "Choose other fields, or other ones for these sites (overrides=), or leave the sites out (exclude=)"
+        raise MisfitError(f"{misfit}. {ways}:{bullets(misfits)}")
     return tuple(placements)
 
 
@@ -157,14 +156,11 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
 class Layer:
     """A module that is or looks linear, under all the paths at which the model holds it (the first one names it)."""
 
-    module: nn.Module
+    path: str
     paths: tuple[str, ...]
+    module: nn.Module
     blocks: frozenset[int]
     reachable: bool
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -203,10 +199,8 @@ def find_layers(root: nn.Module) -> list[Layer]:
             unreachable.add(module.out_proj)
         elif looks_linear(module) or kind_of(module) is not None:
             paths.setdefault(module, []).append(path)
-    return [
-        Layer(module, tuple(names), frozenset(_blocks(names, lists)), module not in unreachable)
-        for module, names in paths.items()
-    ]
+    blocks = {module: frozenset(_blocks(names, lists)) for module, names in paths.items()}
+    return [Layer(names[0], tuple(names), m, blocks[m], m not in unreachable) for m, names in paths.items()]
 
 
 def _blocks(paths: list[str], lists: set[str]) -> Iterator[int]:
@@ -239,10 +233,8 @@ def _select(
     selected = [layer for layer in found if layer in chosen]
     selected = selected if layers is None else _inside(selected, found, layers)
     if silent := [layer.path for layer in selected if not layer.reachable]:
-        raise TargetError(
-            "hooks never fire on these layers, because their parent (nn.MultiheadAttention) reads their weight "
-            f"without calling them; leave them out with exclude=:{bullets(silent)}"
-        )
+        why = "because their parent (nn.MultiheadAttention) reads their weight without calling them"
+        raise TargetError(f"hooks never fire on these layers, {why}; leave them out with exclude=:{bullets(silent)}")
     return selected
 
 

@@ -17,7 +17,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -25,9 +25,7 @@ from torch import Tensor, nn
 
 from lora_lite.errors import VariantDefinitionError
 from lora_lite.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from lora_lite.layers import LayerKind
+from lora_lite.layers import LayerKind
 
 Identity = Literal["exact", "rounding", "none"]
 Rng = Callable[[str], torch.Generator]
@@ -260,9 +258,8 @@ class Variant(BaseModel):
         for field, annotation in inspect.get_annotations(cls).items():
             if "ClassVar" not in str(annotation) and (field in ATTACH_WORDS or hasattr(Variant, field)):
                 what = "is an argument of attach()" if field in ATTACH_WORDS else f"shadows Variant.{field}"
-                raise VariantDefinitionError(
-                    f"{cls.__qualname__}: the field {field!r} {what}; rename it, or write a method or ClassVar to override"
-                )
+                away = "rename it, or write a method or ClassVar to override"
+                raise VariantDefinitionError(f"{cls.__qualname__}: the field {field!r} {what}; {away}")
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -382,19 +382,19 @@ def _not_installed(_: Any, h: dict[str, Any]) -> None:
 
 
 def _bad_field(_: Any, h: dict[str, Any]) -> None:
-    h["configurations"] = ['{"r": 2, "ranks": 3}']
+    h["sites"]["blocks.0.up"] = '{"r": 2, "ranks": 3}'
 
 
 def _rank_too_large(_: Any, h: dict[str, Any]) -> None:
-    h["configurations"] = ['{"r": 200}']
+    h["sites"]["blocks.0.up"] = '{"r": 200}'
 
 
 def _no_such_site(_: Any, h: dict[str, Any]) -> None:
     h["sites"]["blocks.0.upp"] = h["sites"].pop("blocks.0.up")
 
 
-def _bad_index(_: Any, h: dict[str, Any]) -> None:
-    h["sites"]["blocks.0.up"] = 3
+def _no_site(_: Any, h: dict[str, Any]) -> None:
+    h["sites"] = {}
 
 
 def _damaged(_: Any, h: dict[str, Any]) -> None:
@@ -421,7 +421,7 @@ FILES = [
     (_bad_field, ll.AdapterFileError, r"variant 'lora' refuses"),
     (_rank_too_large, ll.MisfitError, r"200 is larger than this layer allows"),
     (_no_such_site, ll.AdapterFileError, r"1 of which Blocks does not have.*\n  blocks\.0\.upp; did you mean 'blocks\.0\.up'"),
-    (_bad_index, ll.AdapterFileError, r"damaged metadata: (?s:.*)a site refers"),
+    (_no_site, ll.AdapterFileError, r"damaged metadata: (?s:.*)sites(?s:.*)at least 1 item"),
     (_damaged, ll.AdapterFileError, r"damaged metadata"),
 ]
 
@@ -588,13 +588,13 @@ def test_nothing_to_save_or_detach(blocks: Make, untouched: Untouched, tmp_path:
     model = blocks()
     with untouched(model):
         for function in (ll.detach, lambda m: ll.save(m, tmp_path / "a")):
-            with pytest.raises(ll.AdapterError, match="it has no adapter"):
+            with pytest.raises(ll.AdapterError, match=r"no single adapter to choose; .* \(none\)"):
                 function(model)
     one = ll.attach(model, "lora", r=2, name="one")
     ll.attach(model, "lora", r=2, name="two")
-    with pytest.raises(ll.AdapterError, match=r"no single adapter to choose; it has 'one', 'two'; give name="):
+    with pytest.raises(ll.AdapterError, match=r"no single adapter to choose; give the name= of one that it has \(one, two\)"):
         ll.detach(model)
-    with pytest.raises(ll.AdapterError, match=r"no adapter named 'three'; it has 'one', 'two'"):
+    with pytest.raises(ll.AdapterError, match=r"no adapter named 'three'; .*\(one, two\)"):
         ll.detach(model, "three")
     one.detach()
     for use in (one.detach, one.state_dict, one.penalty, lambda: setattr(one, "scale", 2), lambda: one.save(tmp_path / "a")):

@@ -1,7 +1,5 @@
 """Attach a variant to a model, and the handle to what was attached."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter
@@ -43,7 +41,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **fields: Any,
-) -> Adapter:
+) -> "Adapter":
     """Attach a variant to the linear layers of a model. All or nothing: an error leaves the model as it was.
 
     The base is frozen (and `detach` restores its `requires_grad`); only the adapter's parameters train.
@@ -84,7 +82,7 @@ def attach(
     return Adapter(root, control)
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
+def adapters(model: nn.Module) -> "dict[str, Adapter]":
     """The adapters of a model by name: also of a copy, an unpickled model, or one inside a wrapper (DDP, `torch.compile`).
 
     Raises:
@@ -94,7 +92,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: Adapter(root, control) for name, control in controls.items()}
 
 
-def adapter_of(model: nn.Module, name: str | None) -> Adapter:
+def adapter_of(model: nn.Module, name: str | None) -> "Adapter":
     """The adapter called `name`, or the only one.
 
     Raises:
@@ -104,9 +102,8 @@ def adapter_of(model: nn.Module, name: str | None) -> Adapter:
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name not in found:
-        have = f"it has {', '.join(map(repr, sorted(found)))}" if found else "it has no adapter"
         asked = f"no adapter named {name!r}" if name is not None else "no single adapter to choose"
-        raise AdapterError(f"the model has {asked}; {have}" + ("; give name=" if found else ""))
+        raise AdapterError(f"the model has {asked}; give the name= of one that it has ({', '.join(sorted(found)) or 'none'})")
     return found[name]
 
 
@@ -291,14 +288,12 @@ class Adapter:
         state, left_out = self.state_dict(derived), {} if derived else self._derived()
         if not derived and not left_out:
             raise AdapterFileError(f"derived=False: nothing of {self.variant} can be derived from the base alone; leave it out")
-        distinct = list(dict.fromkeys(self.sites.values()))
         header = Metadata(
             variant=self.variant.name,
             variant_format=self.variant.format,
             provider=" ".join(provider(type(self.variant))).strip(),
             core=metadata.version("lora-lite-core"),
-            configurations=[variant.model_dump_json() for variant in distinct],
-            sites={path: distinct.index(variant) for path, variant in self.sites.items()},
+            sites={path: variant.model_dump_json() for path, variant in self.sites.items()},
             seed=self.seed,
             scale=self.scale,
             dtypes=dtypes_of(state),

@@ -1,8 +1,8 @@
 """One pass of calibration data, streamed to every site's observer."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,10 @@ def calibrate(model: nn.Module, placements: Sequence[Placement], batches: Iterab
         CalibrationError: data is missing or superfluous or empty, the model rejects a batch, or a site is never called.
     """
     observed = [(p, observer) for p in placements if (observer := p.variant.observe(p.site)) is not None]
-    if not observed and batches is not None:
-        names = ", ".join(sorted({p.variant.name for p in placements}))
-        raise CalibrationError(f"{names} needs no calibration data with these fields; leave calibration= out")
     if not observed:
+        if batches is not None:
+            name = placements[0].variant.name
+            raise CalibrationError(f"{name} needs no calibration data with these fields; leave calibration= out")
         return {}
     expected = "an iterable of model inputs, such as a DataLoader"
     if batches is None:
@@ -53,7 +53,9 @@ def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], ba
         observer.update(_rows(layer_input(args, kwargs), mask), _rows(y, mask))
 
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
         stack.enter_context(torch.no_grad())
         for p, observer in observed:
             handle = p.module.register_forward_hook(partial(watch, p.spot.path, observer), with_kwargs=True)
@@ -99,15 +101,3 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
     return type(batch).__name__
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, every module's own training flag restored afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training

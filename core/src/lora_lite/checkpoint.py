@@ -86,7 +86,7 @@ def _upgraded(path: FilePath, cls: type[Variant], header: Metadata, tensors: Ten
     if header.variant_format > cls.format:
         newer = f"{path} has format {header.variant_format} of variant {cls.name!r}, written by {header.provider}"
         raise AdapterFileError(f"{newer}; the installed one reads up to {cls.format}. Upgrade its distribution")
-    texts = {site: header.configurations[index] for site, index in header.sites.items()}
+    texts = dict(header.sites)
     try:
         if header.variant_format < cls.format:
             old, tensors = by_site(tensors, texts), {}

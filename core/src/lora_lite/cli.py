@@ -126,7 +126,6 @@ def _inspect(options: argparse.Namespace) -> str:
         f"derived      {'in the file' if header.derived else 'left out; derived from the base and verified on loading'}",
         f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
     ]
-    for number, configuration in enumerate(header.configurations):
-        sites = [site for site, index in header.sites.items() if index == number]
-        lines += [f"fields       {configuration}", *(f"  {site}" for site in sites)]
+    for fields in dict.fromkeys(header.sites.values()):
+        lines += [f"fields       {fields}", *(f"  {site}" for site, own in header.sites.items() if own == fields)]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """`check`: does every hook fire, does every parameter get a gradient?"""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +56,16 @@ def check(model: nn.Module, batch: Any) -> Report:
         raise CheckError("no adapter parameter requires a gradient; was requires_grad_(False) called on the whole model?")
     calls: Counter[str] = Counter()
     with ExitStack() as stack:
-        stack.enter_context(_restored(model, list(parameters.values())))
+        _restore_later(stack, model, parameters.values())
+        model.zero_grad(set_to_none=True)
         for path, module in modules.items():
             stack.callback(module.register_forward_hook(lambda *_, path=path: calls.update((path,))).remove)
         _perturb(parameters.values())
         loss = _loss(call(model, batch, next(model.parameters()).device), batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-            wrong = [
-                f"adapter {a.name!r} is disabled or has scale 0" for a in found.values() if not (a._control.enabled and a.scale)
-            ]
+            off = [name for name, a in found.items() if not (a._control.enabled and a.scale)]
+            wrong = [f"adapter {name!r} is disabled or has scale 0" for name in off]
             wrong += [f"{path}: the layer was never called, so its hooks never fired" for path in modules if not calls[path]]
             wrong += _bad_gradients(parameters, model)
         elif torch.is_grad_enabled():
@@ -77,24 +77,15 @@ def check(model: nn.Module, batch: Any) -> Report:
     return Report(tuple(found), len(modules), len(parameters))
 
 
-@contextmanager
-def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Parameters, buffers, gradients and random state as they were before."""
-    values = [p.detach().clone() for p in trained]
+def _restore_later(stack: ExitStack, model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Put parameters, buffers, gradients and random state back as they are now, when `stack` is left."""
+    stack.enter_context(torch.random.fork_rng())
+    for p in model.parameters():
+        stack.callback(setattr, p, "grad", p.grad)
+    for p in trained:
+        stack.callback(p.data.copy_, p.detach().clone())
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = {p: p.grad for p in model.parameters()}
-    model.zero_grad(set_to_none=True)
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        with torch.no_grad():
-            for p, value in zip(trained, values, strict=True):
-                p.copy_(value)
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        for p, gradient in gradients.items():
-            p.grad = gradient
+    stack.callback(lambda: [model.get_buffer(name).copy_(value) for name, value in buffers.items()])
 
 
 def _perturb(parameters: Iterable[nn.Parameter]) -> None:

@@ -4,8 +4,6 @@ Tensors go by `site path . tensor name`, without the adapter's name. The metadat
 `lora_lite`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -33,7 +31,7 @@ class Metadata(BaseModel):
         format: of the file; a newer one is refused.
         variant, variant_format: the method's name, and the `Variant.format` that its fields and tensors follow.
         provider, core: distributions and versions that wrote the file.
-        configurations, sites: the variants' fields as JSON, and for each site which of them it has.
+        sites: the variant's fields at each site, as JSON.
         seed, scale: of the adapter.
         dtypes: of the tensors in the file, as `dtypes_of` gives them.
         derived: whether derived tensors are in the file; where they are not, `probes` verify them.
@@ -48,8 +46,7 @@ class Metadata(BaseModel):
     variant_format: int
     provider: str
     core: str
-    configurations: list[str]
-    sites: dict[str, int]
+    sites: dict[str, str] = Field(min_length=1)
     seed: int
     scale: float
     dtypes: list[str]
@@ -57,12 +54,6 @@ class Metadata(BaseModel):
     uses_base: bool
     fingerprint: dict[str, bytes]
     probes: dict[str, Annotated[list[float], Field(min_length=PROBES, max_length=PROBES)]]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Metadata:
-        if not self.sites or not all(0 <= index < len(self.configurations) for index in self.sites.values()):
-            raise ValueError("a site refers to a configuration that is not there, or no site is named")
-        return self
 
 
 def write(path: FilePath, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:

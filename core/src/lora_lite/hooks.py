@@ -6,8 +6,6 @@ One `SiteHooks` a layer, whatever the number of adapters, holds one `Entry` for 
 a call, so a model with adapters can be copied, pickled, compiled, checkpointed and wrapped.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@
 the root package of the layers it teaches, loaded only when a model holds a module from there).
 """
 
-from __future__ import annotations
-
 import sys
 from abc import ABC, abstractmethod
 from typing import Any
@@ -50,7 +48,7 @@ class LayerKind(ABC):
         """Called when the last adapter has left the model; undoes `enter`."""
 
     @hookimpl
-    def lora_lite_layer_kind(self, module: nn.Module) -> LayerKind | None:
+    def lora_lite_layer_kind(self, module: nn.Module) -> "LayerKind | None":
         """Answers pluggy: this kind, if it matches `module`."""
         return self if self.matches(module) else None
 

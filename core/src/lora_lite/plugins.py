@@ -5,8 +5,6 @@ imported. Its own entry-point loader is not used: it imports everything, stops a
 duplicates in silence.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 import sys
@@ -14,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pluggy
@@ -51,14 +50,7 @@ class VariantInfo:
     target: str
 
 
-class _Manager(pluggy.PluginManager):
-    """Looks for hook implementations under the names that have a spec, and nowhere else in a pydantic class."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        return super().parse_hookimpl_opts(plugin, name) if hasattr(hookspecs, name) else None
-
-
-_manager = _Manager("lora_lite")
+_manager = pluggy.PluginManager("lora_lite")
 _manager.add_hookspecs(hookspecs)
 for _kind in layers.BUILT_IN:
     _manager.register(_kind, type(_kind).__name__)
@@ -93,7 +85,8 @@ def variant_class(name: str) -> type[Variant]:
     if loaded.name != name:
         told = f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}"
         raise PluginError(f"{told}; its author must make the entry point and `class ...(Variant, name=...)` agree")
-    _manager.register(loaded, name=f"{VARIANTS}:{name}")
+    # The hook alone, since pluggy would look at every attribute of a pydantic class.
+    _manager.register(SimpleNamespace(lora_lite_variant=loaded.lora_lite_variant), name=f"{VARIANTS}:{name}")
     return loaded
 
 

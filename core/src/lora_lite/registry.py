@@ -1,7 +1,5 @@
 """What a model remembers of its adapters, and the only code that changes a model: `opened`, `install` and `remove`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

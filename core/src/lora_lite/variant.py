@@ -11,8 +11,6 @@ Everything but `project` is pure: it reads its arguments and returns tensors. Th
 saves them, and never writes a base weight.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -202,7 +200,7 @@ class Variant(BaseModel):
         """An observer, where these field values need calibration data; None where they do not."""
         return None
 
-    def specialize(self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]) -> Mapping[str, Variant | None]:
+    def specialize(self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]) -> "Mapping[str, Variant | None]":
         """Per-site variants chosen from the statistics of all sites. None drops a site; one not mentioned stays as it is."""
         return {}
 
@@ -246,7 +244,7 @@ class Variant(BaseModel):
 
     @classmethod
     @hookimpl
-    def lora_lite_variant(cls, name: str) -> type[Variant] | None:
+    def lora_lite_variant(cls, name: str) -> "type[Variant] | None":
         """Answers pluggy: this class, if it goes by `name`."""
         return cls if cls.name == name else None
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lora_lite
 import lora_lite_lora.lora
-import pytest
 
 SILENT = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER,
@@ -36,7 +35,6 @@ def test_lines_of_code_counts_code() -> None:
     assert lines_of_code(source) == 2 + 1 + 3
 
 
-@pytest.mark.xfail(reason="the core is above its figure; see the printed counts", strict=True)
 def test_the_core_is_small() -> None:
     """The core without its conformance suite is at most 1,500 lines of code."""
     root = Path(lora_lite.__file__).parent

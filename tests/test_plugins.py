@@ -64,7 +64,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in entry_points.items()]
         (info / "entry_points.txt").write_text("".join(lines))
         monkeypatch.syspath_prepend(str(folder))
-        plugins._layer_points.cache_clear()
+        plugins._points_once.cache_clear()
 
     yield make
     for name, _ in plugins._manager.list_name_plugin():
@@ -73,7 +73,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     for name in set(sys.modules) - modules:
         if name.startswith("stranger"):
             del sys.modules[name]
-    plugins._layer_points.cache_clear()
+    plugins._points_once.cache_clear()
 
 
 def variants(**points: str) -> dict[str, dict[str, str]]:

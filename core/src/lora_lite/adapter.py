@@ -1,7 +1,6 @@
 """Attach a variant to a model, and the handle to what was attached."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lite import fileformat
 from lora_lite.calibration import calibrate
 from lora_lite.errors import AdapterError, AdapterFileError, TargetError, VariantContractError
-from lora_lite.fileformat import Metadata, dtypes_of
+from lora_lite.fileformat import FilePath, Metadata, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import Control, Entry
 from lora_lite.layers import is_dtensor, whole
@@ -272,7 +270,7 @@ class Adapter:
                 for name, target in t.items():
                     target.copy_(values[site.path][name])
 
-    def save(self, path: str | os.PathLike[str], *, derived: bool = True) -> None:
+    def save(self, path: FilePath, *, derived: bool = True) -> None:
         """Write the adapter to a safetensors file, atomically.
 
         On a sharded model (FSDP2) this is collective: every process calls it, rank 0 writes.
@@ -302,9 +300,8 @@ class Adapter:
             fingerprint=fingerprint({site.path: site for _, site, _ in self._each()}),
             probes={key: probe(whole(value)) for key, value in left_out.items()},
         )
-        sharded = any(is_dtensor(t) for _, _, t in self._tensors())
-        if not sharded or torch.distributed.get_rank() == 0:
-            fileformat.write(path, state, header)
+        if not any(is_dtensor(t) for _, _, t in self._tensors()) or torch.distributed.get_rank() == 0:
+            write(path, state, header)
 
     def detach(self) -> None:
         """Take the adapter off the model. The last one to leave leaves it bit for bit what it was, `requires_grad` included.

@@ -8,10 +8,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lora_lite import fileformat
 from lora_lite.adapter import Adapter, adapter_of
 from lora_lite.errors import AdapterFileError, BaseMismatchError, bullets, did_you_mean
-from lora_lite.fileformat import FilePath, Metadata
+from lora_lite.fileformat import FilePath, Metadata, dtypes_of, read
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import Control
 from lora_lite.plugins import variant_class
@@ -59,11 +58,11 @@ def load(
         UnknownVariantError, PluginError: the file's variant is not installed, or cannot be used.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
     """
-    header, tensors = fileformat.read(path)
+    header, tensors = read(path)
     cls = variant or variant_class(header.variant)
     if cls.name != header.variant:
         raise AdapterFileError(f"{path} holds a {header.variant!r} adapter, and variant={cls.__qualname__} is {cls.name!r}")
-    variants, tensors = _upgraded(path, cls, header, tensors)
+    variants, saved = _upgraded(path, cls, header, tensors)
     root = root_of(model)
     refuse_wrapped(root)
     placements = _placements(path, root, variants)
@@ -71,8 +70,10 @@ def load(
     if check_base:
         _check_base(path, header, placements)
     if not header.derived:
-        tensors = tensors | _derive(path, header, placements)
-    values = unpack(placements, tensors, header.dtypes if header.variant_format == cls.format else None)
+        saved = {**saved, **_derive(path, header, placements)}
+    mistyped = {key: t.dtype for key, t in tensors.items() if dtypes_of({key: t})[0] not in header.dtypes}
+    known = [f"{key}: dtype {dtype}, expected as saved: {', '.join(header.dtypes)}" for key, dtype in mistyped.items()]
+    values = unpack(placements, saved, known)
     for p in placements:
         dtypes = {tensor: dtype if spec.trainable and not spec.dtype else None for tensor, spec in p.specs.items()}
         values[p.spot.path] = own_copies(p, values[p.spot.path], dtypes)

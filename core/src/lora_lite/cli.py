@@ -23,14 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         print(options.run(options))
+        return 0
     except LoraLiteError as error:
-        print(f"lora-lite: {error}", file=sys.stderr)
-        return 1
+        told = str(error)
     except ModuleNotFoundError as error:
         package = "transformers" if error.name == "transformers" else "lora-lite-core[testing]"
-        print(f"lora-lite: this command needs {error.name}; pip install {package}", file=sys.stderr)
-        return 1
-    return 0
+        told = f"this command needs {error.name}; pip install {package}"
+    print(f"lora-lite: {told}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,8 +121,7 @@ def _inspect(options: argparse.Namespace) -> str:
         f"variant      {header.variant} (format {header.variant_format})",
         f"written by   {header.provider}, lora-lite-core {header.core}, file format {header.format}",
         f"seed, scale  {header.seed}, {header.scale:g}",
-        f"tensors      {len(tensors)}, {sum(tensor.numel() for tensor in tensors.values()):,} numbers",
-        f"dtypes       {', '.join(header.dtypes)}",
+        f"tensors      {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers: {', '.join(header.dtypes)}",
         f"derived      {'in the file' if header.derived else 'left out; derived from the base and verified on loading'}",
         f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
     ]

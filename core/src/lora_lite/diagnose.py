@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from lora_lite.calibration import call, describe
 from lora_lite.errors import AdapterError, CheckError, bullets
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What `check` found to be in order.
 
     Attributes:

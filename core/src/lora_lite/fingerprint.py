@@ -26,9 +26,8 @@ PROBE_TOLERANCE = 1e-2
 
 def sample(site: Site, count: int) -> bytes:
     """`count` weights at fixed random places, rounded to bfloat16."""
-    places = torch.randint(site.d_in * site.d_out, (count,), generator=torch.Generator().manual_seed(0))
-    weight = whole(site.weight())
-    places = places.to(weight.device)
+    weight, rng = whole(site.weight()), torch.Generator().manual_seed(0)
+    places = torch.randint(site.d_in * site.d_out, (count,), generator=rng).to(weight.device)
     values = weight[places // site.d_in, places % site.d_in]
     return bytes(values.float().cpu().bfloat16().view(torch.uint8).tolist())
 

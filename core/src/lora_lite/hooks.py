@@ -93,10 +93,13 @@ class SiteHooks:
     def __init__(self, module: nn.Module) -> None:
         self.entries: tuple[Entry, ...] = ()
         # Ahead of the hooks that are there, so that users' own hooks see the adapted y.
-        self.handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.after, with_kwargs=True, prepend=True),
-        ]
+        before = module.register_forward_pre_hook(self.before, with_kwargs=True)
+        after = module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
+        self.handles: tuple[RemovableHandle, ...] = (before, after)
+
+    def add(self, entry: Entry) -> None:
+        """Serve one adapter more."""
+        self.entries = tuple(sorted((*self.entries, entry), key=lambda e: e.control.name))
 
     def remove(self, entry: Entry) -> None:
         """Serve one adapter less; the hooks go with the last."""

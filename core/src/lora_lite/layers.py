@@ -22,12 +22,13 @@ class LayerKind(ABC):
         """Whether `module` is of this kind, and its forward is the one this kind describes."""
 
     @abstractmethod
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(d_in, d_out)."""
-
-    @abstractmethod
     def weight(self, module: nn.Module) -> Tensor:
         """W, dense, shape (d_out, d_in). It may share memory with the module."""
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(d_in, d_out). To be overridden where W is costly, or is not there on the meta device."""
+        d_out, d_in = self.weight(module).shape
+        return d_in, d_out
 
     def bias(self, module: nn.Module) -> Tensor | None:
         """b, shape (d_out,), or None."""
@@ -69,10 +70,6 @@ class Linear(LayerKind):
         plain = type(weight) is nn.Parameter or (weight is not None and is_dtensor(weight))
         return plain and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        d_out, d_in = self.weight(module).shape
-        return d_in, d_out
-
     def weight(self, module: nn.Module) -> Tensor:
         return module.get_parameter("weight")
 
@@ -81,12 +78,7 @@ class Conv1D(LayerKind):
     """GPT-2's `Conv1D` of transformers: a linear layer whose weight is stored as (d_in, d_out)."""
 
     def matches(self, module: nn.Module) -> bool:
-        cls = type(module)
-        return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        d_in, d_out = module.get_parameter("weight").shape
-        return d_in, d_out
+        return class_name(module) == "transformers.pytorch_utils.Conv1D"
 
     def weight(self, module: nn.Module) -> Tensor:
         return module.get_parameter("weight").T

@@ -37,18 +37,15 @@ def top_r_svd(w: Tensor, r: int, method: SvdMethod = "randomized") -> tuple[Tens
         U (d_out, r), S (r,), V (r, d_in), orthonormal in their columns and rows.
     """
     w = w.to(torch.promote_types(w.dtype, torch.float32))
-    if method == "exact" or 2 * _sketch_size(r) >= min(w.shape):
+    size = r + max(MIN_OVERSAMPLING, r)
+    if method == "exact" or 2 * size >= min(w.shape):
         u, s, v = torch.linalg.svd(w, full_matrices=False)
     else:
-        u, s, v = _randomized_svd(w, _sketch_size(r))
+        u, s, v = _randomized_svd(w, size)
     u, s, v = u[:, :r], s[:r], v[:r]
     largest = v.gather(1, v.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(v.dtype)
     return u * signs.T, s, v * signs
-
-
-def _sketch_size(r: int) -> int:
-    return r + max(MIN_OVERSAMPLING, r)
 
 
 def _randomized_svd(w: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import pluggy
 from pydantic import ValidationError
 from torch import nn
+from torch.torch_version import TorchVersion  # compares versions of anything
 
 from lora_lite import hookspecs, layers
 from lora_lite.errors import FieldError, PluginError, UnknownVariantError, did_you_mean
@@ -61,11 +62,8 @@ def variants() -> dict[str, VariantInfo]:
 
     A name that several distributions provide is listed once, under all of them; `attach` refuses it.
     """
-    found = sorted(_entry_points(VARIANTS).items())
-    return {
-        name: VariantInfo(name, *(" / ".join(part) for part in zip(*map(_source, points), strict=True)))
-        for name, points in found
-    }
+    sources = {name: zip(*map(_source, points), strict=True) for name, points in sorted(_entry_points(VARIANTS).items())}
+    return {name: VariantInfo(name, *map(" / ".join, parts)) for name, parts in sources.items()}
 
 
 def variant_class(name: str) -> type[Variant]:
@@ -112,7 +110,8 @@ def validated(cls: type[Variant], fields: Mapping[str, Any]) -> Variant:
     try:
         return cls(**fields)
     except ValidationError as error:
-        raise FieldError(f"variant {cls.name!r}: {'; '.join(_complaints(cls, error))}") from None
+        wrong = "; ".join(_complaint(detail, list(cls.model_fields)) for detail in error.errors(include_url=False))
+        raise FieldError(f"variant {cls.name!r}: {wrong}") from None
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -122,7 +121,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         PluginError: that plugin cannot be used.
     """
     package = type(module).__module__.partition(".")[0]
-    points, plugin = _layer_points().get(package), f"{LAYERS}:{package}"
+    points, plugin = _points_once(LAYERS).get(package), f"{LAYERS}:{package}"
     if points and not _manager.has_plugin(plugin):
         _manager.register(_load(points, LayerKind)(), name=plugin)  # type: ignore[type-abstract]
     kind: LayerKind | None = _manager.hook.lora_lite_layer_kind(module=module)
@@ -145,9 +144,7 @@ def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
     return {name: list(points.values()) for name, points in found.items()}
 
 
-@cache
-def _layer_points() -> dict[str, list[metadata.EntryPoint]]:
-    return _entry_points(LAYERS)
+_points_once = cache(_entry_points)
 
 
 def _source(point: metadata.EntryPoint) -> tuple[str, str, str]:
@@ -182,12 +179,7 @@ def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
 def _excludes(requirement: str, version: str) -> bool:
     """Whether a bound of `lora-lite-core>=0.1,<0.2` excludes a version. Clauses of another form are left to pip."""
     bounds = re.findall(r"([<>]=?)\s*([\d.]+)", requirement)
-    return not all(COMPARE[sign](_release(version), _release(bound)) for sign, bound in bounds)
-
-
-def _release(version: str) -> list[int]:
-    numbers = re.split(r"[^\d.]", version)[0].strip(".").split(".")
-    return [int(number) for number in (*numbers, "0", "0", "0")[:4]]
+    return not all(COMPARE[sign](TorchVersion(version), bound) for sign, bound in bounds)
 
 
 def _not_installed(name: str, installed: list[str]) -> str:
@@ -197,13 +189,9 @@ def _not_installed(name: str, installed: list[str]) -> str:
     return f"there is no variant {name!r}{did_you_mean(name, [*installed, *FIRST_PARTY])} ({have})"
 
 
-def _complaints(cls: type[Variant], error: ValidationError) -> list[str]:
-    fields, complaints = list(cls.model_fields), []
-    for detail in error.errors(include_url=False):
-        field = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            known = f"its fields are {', '.join(fields)}" if fields else "it has no fields"
-            complaints.append(f"there is no field {field!r}{did_you_mean(field, fields)} ({known})")
-        else:
-            complaints.append(f"{field or 'fields'}={detail['input']!r}: {detail['msg']}")
-    return complaints
+def _complaint(detail: Mapping[str, Any], fields: list[str]) -> str:
+    field = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] != "extra_forbidden":
+        return f"{field or 'fields'}={detail['input']!r}: {detail['msg']}"
+    known = f"its fields are {', '.join(fields)}" if fields else "it has no fields"
+    return f"there is no field {field!r}{did_you_mean(field, fields)} ({known})"

@@ -30,12 +30,6 @@ class Registry:
         self.trainable = frozenset(plain_path(name) for name, p in root.named_parameters() if p.requires_grad)
 
 
-def registry_of(root: nn.Module) -> Registry | None:
-    """The registry on this very module, if it has one."""
-    found: Registry | None = root.__dict__.get(KEY)
-    return found
-
-
 def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
     """The module inside `model` (or `model` itself) through which adapters were attached, and these; without any, the
     module itself.
@@ -44,7 +38,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
         AdapterError: `model` is only a part of the module through which they were attached, or holds two such modules.
     """
     root = root_of(model)
-    found = [(module, registry.controls) for module in root.modules() if (registry := registry_of(module))]
+    found = [(module, registry.controls) for module in root.modules() if (registry := module.__dict__.get(KEY))]
     if len(found) > 1:
         names = ", ".join(type(module).__name__ for module, _ in found)
         raise AdapterError(f"adapters were attached through {len(found)} modules of this model ({names}); detach all but one")
@@ -94,9 +88,9 @@ def opened(root: nn.Module) -> Iterator[Registry]:
     """The registry. For the first adapter the base is frozen and every layer of a known kind entered, since what comes of one
     layer's adapter goes through the others; undone where no adapter came of it.
     """
-    registry = registry_of(root)
-    if registry is None:
-        root.__dict__[KEY] = registry = Registry(root)
+    registry: Registry = root.__dict__.get(KEY) or Registry(root)
+    if KEY not in root.__dict__:
+        root.__dict__[KEY] = registry
         root.requires_grad_(False)
     try:
         for layer in find_layers(root) if not registry.entered else ():
@@ -105,7 +99,7 @@ def opened(root: nn.Module) -> Iterator[Registry]:
                 registry.entered[layer.path] = kind
         yield registry
     finally:
-        if not registry.controls and registry_of(root) is registry:
+        if not registry.controls and KEY in root.__dict__:
             modules = dict(named_modules(root))
             for path, kind in registry.entered.items():
                 kind.exit(modules[path])
@@ -120,18 +114,15 @@ def install(root: nn.Module, control: Control, placements: Sequence[Placement], 
         registry.controls[control.name] = control
         try:
             for placement in placements:
-                _install_site(Entry(control, placement), placement.module, values[placement.spot.path])
+                path, module, entry = placement.spot.path, placement.module, Entry(control, placement)
+                control.entries[path] = entry
+                for name, spec in entry.specs.items():
+                    tensor = nn.Parameter(values[path][name], requires_grad=spec.trainable)
+                    module.register_parameter(entry.attributes[name], tensor)
+                (hooks_of(module) or SiteHooks(module)).add(entry)
         except BaseException:
             remove(root, control)
             raise
-
-
-def _install_site(entry: Entry, module: nn.Module, values: Tensors) -> None:
-    entry.control.entries[entry.spot.path] = entry
-    hooks = hooks_of(module) or SiteHooks(module)
-    for name, spec in entry.specs.items():
-        module.register_parameter(entry.attributes[name], nn.Parameter(values[name], requires_grad=spec.trainable))
-    hooks.entries = tuple(sorted((*hooks.entries, entry), key=lambda e: e.control.name))
 
 
 def remove(root: nn.Module, control: Control) -> None:

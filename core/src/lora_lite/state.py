@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lora_lite.errors import AdapterFileError, VariantContractError, bullets
-from lora_lite.fileformat import dtypes_of
 from lora_lite.targets import Placement
 from lora_lite.variant import Tensors, TensorSpec
 
@@ -21,8 +20,7 @@ def place_values(placement: Placement, values: Tensors, dtype: torch.dtype) -> d
     if wrong := problems(placement.specs, values, ""):
         where = f"variant {placement.variant.name!r} at {placement.spot.path}"
         raise VariantContractError(f"{where} does not give what it declares:{bullets(wrong)}")
-    frozen = placement.site.dtype
-    dtypes = {name: spec.dtype or (dtype if spec.trainable else frozen) for name, spec in placement.specs.items()}
+    dtypes = {name: spec.dtype or (dtype if spec.trainable else placement.site.dtype) for name, spec in placement.specs.items()}
     return own_copies(placement, values, dtypes)
 
 
@@ -34,29 +32,25 @@ def own_copies(placement: Placement, values: Tensors, dtypes: Mapping[str, torch
     return {name: values[name].detach().to(dtype=dtype, **form) for name, dtype in dtypes.items()}
 
 
-def unpack(
-    placements: Sequence[Placement], saved: Tensors, dtypes: Sequence[str] | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Every site's stored tensors, from a state dict, held against the file's `dtypes` if given.
+def unpack(placements: Sequence[Placement], saved: Tensors, known: Sequence[str] = ()) -> dict[str, dict[str, Tensor]]:
+    """Every site's stored tensors, from a state dict of which `known` is known to be wrong.
 
     Raises:
         AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
     """
     sites = by_site(saved, [p.spot.path for p in placements])
-    wrong = [f"{key}: extra (no such site)" for key in saved if key.rpartition(".")[0] not in sites]
-    mistyped = {} if dtypes is None else {k: t.dtype for k, t in saved.items() if dtypes_of({k: t})[0] not in dtypes}
-    wrong += [f"{key}: dtype {dtype}, expected as saved: {', '.join(dtypes or ())}" for key, dtype in mistyped.items()]
+    wrong = [*known, *(f"{key}: extra (no such site)" for key in saved if key.rpartition(".")[0] not in sites)]
     values = {}
     for placement in placements:
         path, variant = placement.spot.path, placement.variant
         try:
             values[path] = variant.load_state_dict(placement.site, sites[path])
-            known = values[path].keys() | variant.state_dict(placement.site, values[path]).keys()
+            used = values[path].keys() | variant.state_dict(placement.site, values[path]).keys()
         except Exception as error:  # a variant's own code, on a file of any content
             wrong.append(f"{path}.*: {variant.name} cannot read {sorted(sites[path])}: {type(error).__name__}: {error}")
             continue
         wrong += problems(placement.specs, values[path], f"{path}.")
-        wrong += [f"{path}.{name}: extra" for name in sites[path].keys() - known]
+        wrong += [f"{path}.{name}: extra" for name in sites[path].keys() - used]
     if wrong:
         raise AdapterFileError(f"{len(wrong)} tensors do not fit; nothing was changed:{bullets(wrong)}")
     return values
@@ -67,8 +61,7 @@ def by_site(saved: Tensors, paths: Iterable[str]) -> dict[str, dict[str, Tensor]
     sites: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     for key, tensor in saved.items():
         path, _, name = key.rpartition(".")
-        if path in sites:
-            sites[path][name] = tensor
+        sites.get(path, {})[name] = tensor
     return sites
 
 

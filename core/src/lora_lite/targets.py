@@ -73,15 +73,13 @@ class Plan:
         return sum(p.variant.macs_per_forward(p.site) for p in self.placements)
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("site", "d_in -> d_out", "parameters", "MACs/token", "MACs/forward")]
-        for p in self.placements:
-            macs = p.variant.macs_per_token(p.site), p.variant.macs_per_forward(p.site)
-            rows.append((p.spot.path, f"{p.spot.d_in} -> {p.spot.d_out}", *(f"{n:,}" for n in (p.parameters, *macs))))
-        totals = self.parameters, self.macs_per_token, self.macs_per_forward
-        rows.append(("total", f"{len(self.placements)} sites", *(f"{n:,}" for n in totals)))
+        rows = [(p.spot.path, f"{p.spot.d_in} -> {p.spot.d_out}", Plan(self.variant, (p,), ())) for p in self.placements]
+        rows.append(("total", f"{len(rows)} sites", self))
         width = max(len(path) for path, *_ in rows)
-        lines = [f"{row[0]:<{width}}  {row[1]:>14}  {row[2]:>14}  {row[3]:>14}  {row[4]:>16}" for row in rows]
-        return "\n".join([str(self.variant), *lines, *(f"out of reach: {text}" for text in self.unreachable)])
+        head = f"{'site':<{width}}   d_in -> d_out      parameters      MACs/token      MACs/forward"
+        costs = [f"{p.parameters:>14,}  {p.macs_per_token:>14,}  {p.macs_per_forward:>16,}" for _, _, p in rows]
+        lines = [f"{path:<{width}}  {shape:>14}  {cost}" for (path, shape, _), cost in zip(rows, costs, strict=True)]
+        return "\n".join([str(self.variant), head, *lines, *(f"out of reach: {text}" for text in self.unreachable)])
 
 
 def plan(
@@ -140,11 +138,9 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
         except SiteError as error:
             misfits.append(f"{path} ({d_in} -> {d_out}): {variant.name}: {error}")
     if unknown:
-        raise LayerKindError(
-            "these layers look linear, but no installed layer kind can read them. Install the plugin that teaches their kind, "
-            "write one (a lora_lite.LayerKind in the entry-point group lora_lite.layers, named after the layer's root "
-            f"package), or leave them out with exclude=:{bullets(unknown)}"
-        )
+        write = "write one (a lora_lite.LayerKind in the entry-point group lora_lite.layers, named after their root package)"
+        ways = f"Install the plugin that teaches their kind, {write}, or leave them out with exclude="
+        raise LayerKindError(f"these layers look linear, but no installed layer kind can read them. {ways}:{bullets(unknown)}")
     if misfits:
         misfit = f"the variant does not fit {len(misfits)} of {len(placements) + len(misfits)} sites; nothing was changed"
         ways = "Choose other fields, or other ones for these sites (overrides=), or leave the sites out (exclude=)"
@@ -251,7 +247,7 @@ def _inside(selected: list[Layer], found: list[Layer], layers: int | Iterable[in
 
 def _heads(root: nn.Module, found: list[Layer]) -> set[Layer]:
     head = getattr(root, "get_output_embeddings", lambda: None)()
-    return {layer for layer in found if layer.module is head or any(HEAD.search(path) for path in layer.paths)}
+    return {layer for layer in found if layer.module is head or any(map(HEAD.search, layer.paths))}
 
 
 def _overridden(variant: Variant, selected: list[Layer], overrides: Overrides) -> Iterator[tuple[str, nn.Module, Variant]]:

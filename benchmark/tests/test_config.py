@@ -8,20 +8,11 @@ from typing import Any
 
 import pytest
 from lora_lite import LoraLiteError
-from lora_lite_benchmark.config import Preset, RunConfig, Source, parse_row, preset_names, resolve
+from lora_lite_benchmark.config import Preset, RunConfig, Source, parse_row, resolve
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.models import load_model
 
 Make = Callable[..., RunConfig]
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_presets_are_valid(name: str) -> None:
-    """Every shipped preset resolves to a config for each of its rows, and carries its file's name."""
-    preset = Preset.load(name)
-    assert preset.name == name
-    for row in ["base", *preset.variants]:
-        assert resolve(preset, row).label == row
 
 
 def test_a_config_survives_json(make_config: Make) -> None:

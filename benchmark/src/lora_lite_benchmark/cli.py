@@ -9,7 +9,7 @@ from typing import Any
 
 import lora_lite as ll
 
-from lora_lite_benchmark.config import SPECIAL_ROWS, Preset, RunConfig, Source, parse_assignment, preset_names, resolve
+from lora_lite_benchmark.config import ALL, SPECIAL_ROWS, Preset, RunConfig, Source, parse_assignment, preset_names, resolve
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 from lora_lite_benchmark.results import Result, load_results
@@ -17,8 +17,8 @@ from lora_lite_benchmark.results import Result, load_results
 __all__ = ["main"]
 
 SETTINGS = (
-    "revision", "dtype", "prompt", "steps", "batch_size", "micro_batch_size", "lr", "warmup", "weight_decay", "clip_norm",
-    "max_tokens", "calibration_rows", "max_new_tokens", "eval_batch_size", "checkpoint_every",
+    "revision", "dtype", "quantization", "prompt", "steps", "batch_size", "micro_batch_size", "lr", "warmup", "weight_decay",
+    "clip_norm", "max_tokens", "calibration_rows", "perturb", "max_new_tokens", "eval_batch_size", "checkpoint_every",
 )  # fmt: skip
 """Fields of RunConfig that are options of the same name."""
 
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
     run.add_argument(
-        "--variants", nargs="+", default=["all"], metavar="ROW",
-        help="installed variants, with fields if wanted (lora:r=4,alpha=8); also `base`, `full` (every weight trained) "
-        "and `all` (every installed variant; the default)",
+        "--variants", nargs="+", metavar="ROW",
+        help="installed variants, with fields if wanted (lora:r=4,alpha=8), in one arm of the preset if wanted (lora@nf4); "
+        "also `base`, `full` (every weight trained) and `all` (every installed variant). Default: the preset's rows",
     )  # fmt: skip
     run.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: bench-out")
     run.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
@@ -116,14 +116,18 @@ def plan(options: argparse.Namespace) -> list[RunConfig]:
     preset = Preset.load(options.preset)
     overrides = _overrides(options, preset)
     fields = dict(parse_assignment(text, "--set") for text in options.set)
-    rows = [row for name in options.variants for row in (sorted(ll.variants()) if name == "all" else [name])]
+    rows = [row for name in options.variants or preset.rows for row in (sorted(ll.variants()) if name == ALL else [name])]
     if not rows:
         raise BenchmarkError("no variant is installed; for a first one: pip install lora-lite-lora")
-    runs = {} if options.no_base else {"base": resolve(preset, "base", **overrides)}
-    for row in rows:
-        for seed in options.seeds:
-            config = resolve(preset, row, None if row in SPECIAL_ROWS else fields, **overrides, seed=seed)
-            runs.setdefault("base" if row == "base" else config.hash, config)
+    runs: dict[str, RunConfig] = {}
+    for row in rows if options.no_base else ["base", *rows]:
+        for arm in preset.arms:
+            name = f"{row}@{arm}" if arm and "@" not in row else row
+            for seed in options.seeds:
+                config = resolve(
+                    preset, name, None if row.partition("@")[0] in SPECIAL_ROWS else fields, **overrides, seed=seed
+                )
+                runs.setdefault(config.hash, config)
     return list(runs.values())
 
 
@@ -138,8 +142,9 @@ def _overrides(options: argparse.Namespace, preset: Preset) -> dict[str, Any]:
             values[split] = Source.parse(text, split)
         if (count := getattr(options, f"{split}_count")) is not None:
             values[split] = {**(values.get(split) or preset.run.get(split) or {}), "count": count}
-    if options.model and options.layers is None:
-        values["layers"] = None  # the preset's are its own model's
+    if options.model:  # what the preset leaves out is of its own model
+        values.setdefault("layers", None)
+        values.setdefault("exclude", None)
     if (options.train or options.test) and not options.validation:
         values["validation"] = None  # the preset's would be other questions
     if options.no_test:
@@ -191,8 +196,14 @@ def _draw(results: list[Result], path: Path) -> None:
 def _presets(_: argparse.Namespace) -> int:
     for name in preset_names():
         preset = Preset.load(name)
-        print(f"{name}: {preset.description}")
+        parent = Preset.load(preset.extends).variants if preset.extends else {}
+        print(f"{name}: {preset.description}" + (f" [extends {preset.extends}]" if preset.extends else ""))
+        print(f"  {'rows':<18}" + " ".join(preset.rows))
+        if any(preset.arms):
+            print(f"  {'arms':<18}" + " ".join(arm or "(plain)" for arm in preset.arms))
         for row, entry in preset.variants.items():
+            if entry == parent.get(row):
+                continue
             settings = {**entry.fields, **entry.model_dump(exclude_none=True, exclude={"fields"})}
             print(f"  {row:<18}" + ", ".join(f"{key}={value}" for key, value in settings.items()))
     return 0

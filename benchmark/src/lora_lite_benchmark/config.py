@@ -1,8 +1,8 @@
 """What a run is: one validated record. Its hash names the run's folder, so equal configs are the same run.
 
 A preset is a JSON file that gives most of the record and, per variant, the fields and the learning rate. `resolve` merges,
-from weakest to strongest: the preset's `run`, its entry for the variant, the fields in the row's name (`lora:r=4`), the
-command line.
+from weakest to strongest: the preset's `run`, the arm in the row's name (`lora@nf4`), the preset's entry for the variant, the
+fields in the row's name (`lora:r=4`), the command line.
 """
 
 import hashlib
@@ -19,10 +19,13 @@ from lora_lite_benchmark.files import sha256
 from lora_lite_benchmark.tiny import MODEL_DIR
 from lora_lite_benchmark.variants import recommended_lr, resolved_fields
 
-__all__ = ["SPECIAL_ROWS", "Preset", "PresetRow", "RunConfig", "Source", "parse_row", "preset_names", "resolve"]
+__all__ = ["ALL", "SPECIAL_ROWS", "Preset", "PresetRow", "RunConfig", "Source", "parse_row", "preset_names", "resolve"]
 
 SPECIAL_ROWS = ("base", "full")
 """Rows without an adapter: the base model as it is, and the base model with every weight trained."""
+
+ALL = "all"
+"""Stands for the rows of all installed variants."""
 
 TINY = "tiny"
 """The name of the embedded model and of the embedded data."""
@@ -32,7 +35,7 @@ NOT_IDENTITY = {"preset", "label", "checkpoint_every"}
 
 TRAINING = {
     "train", "seed", "steps", "batch_size", "micro_batch_size", "lr", "warmup", "weight_decay", "clip_norm",
-    "max_tokens", "calibration_rows", "fields", "targets", "exclude", "layers", "label",
+    "max_tokens", "calibration_rows", "perturb", "fields", "targets", "exclude", "layers", "label",
 }  # fmt: skip
 """Settings without effect on a model that is not trained: the base row is the same run whatever they are."""
 
@@ -82,6 +85,7 @@ class RunConfig(Record):
     revision: str | None = None  # of a hub id; None: the newest
     model_sha256: str | None = None  # of a local directory's files, filled in by resolve
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the base; adapters keep float32
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"  # of the base's linear layers, by bitsandbytes
 
     train: Source
     validation: Source | None = None
@@ -94,6 +98,7 @@ class RunConfig(Record):
     exclude: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     calibration_rows: Annotated[int, Field(ge=0)] = 64  # rows of training data, for variants that calibrate
+    perturb: NonNegative = 0.0  # noise on the start values: a start at delta = 0 hides mistakes; > 0 also checks the wiring
 
     seed: Annotated[int, Field(ge=0)] = 0
     steps: PositiveInt
@@ -115,6 +120,10 @@ class RunConfig(Record):
             raise ValueError(f"prompt is {self.prompt!r}: it must contain {{question}}")
         if self.test is None and self.validation is None:
             raise ValueError("test and validation are both missing: a run needs one of them")
+        if self.variant == "full" and self.quantization != "none":
+            raise ValueError(
+                f"quantization is {self.quantization!r}: packed weights cannot be trained; leave out the row 'full'"
+            )
         return self
 
     @property
@@ -143,11 +152,18 @@ class PresetRow(Record):
 
 
 class Preset(Record):
-    """A named setting: defaults of the run, and rows for variants ("lora") or variants with fields ("lora:r=4")."""
+    """A named setting: defaults of the run, and rows for variants ("lora") or variants with fields ("lora:r=4").
+
+    `rows` is what is run where the command line names no row. Each runs in every one of `arms`: a name ("" is plain) with
+    further settings of the run. `extends` names a preset whose `run` and `variants` hold where this one is silent.
+    """
 
     name: str
     description: str
-    run: dict[str, Any]
+    extends: str | None = None
+    run: dict[str, Any] = {}
+    rows: tuple[str, ...] = (ALL,)
+    arms: dict[str, dict[str, Any]] = {"": {}}
     variants: dict[str, PresetRow] = {}
 
     @classmethod
@@ -155,7 +171,18 @@ class Preset(Record):
         if name not in preset_names():
             raise BenchmarkError(f"preset {name!r} does not exist; there are: {', '.join(preset_names())}")
         path = files("lora_lite_benchmark") / "presets" / f"{name}.json"
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        own = cls.model_validate_json(path.read_text(encoding="utf-8"))
+        if own.extends is None:
+            return own
+        parent = cls.load(own.extends)
+        return own.model_copy(update={"run": {**parent.run, **own.run}, "variants": {**parent.variants, **own.variants}})
+
+    def arm(self, name: str) -> dict[str, Any]:
+        """The settings of an arm. Raises BenchmarkError listing those that there are."""
+        if name not in self.arms:
+            known = ", ".join(repr(arm) for arm in self.arms if arm) or "none"
+            raise BenchmarkError(f"preset {self.name!r} has no arm {name!r}; it has: {known}")
+        return self.arms[name]
 
 
 def preset_names() -> list[str]:
@@ -186,6 +213,7 @@ def resolve(preset: Preset, row: str, fields: Mapping[str, FieldValue] | None = 
     `fields` are the variant's, `overrides` RunConfig's own. Raises BenchmarkError naming the setting that is wrong, and
     lora_lite's errors for an unknown variant or field.
     """
+    row, _, arm = row.partition("@")
     variant, own = parse_row(row)
     if variant in preset.variants and row not in preset.variants:
         entry = preset.variants[variant]
@@ -196,10 +224,11 @@ def resolve(preset: Preset, row: str, fields: Mapping[str, FieldValue] | None = 
         raise BenchmarkError(f"row {row!r}: {variant!r} is no variant and has no fields; given {', '.join(asked)}")
     values = {
         **preset.run,
+        **preset.arm(arm),
         **entry.model_dump(exclude_none=True, exclude={"fields"}),
         **overrides,
         "preset": preset.name,
-        "label": row_label(row, fields),
+        "label": row_label(row, fields) + (f"@{arm}" if arm else ""),
         "variant": variant,
         "fields": {} if variant in SPECIAL_ROWS else resolved_fields(variant, asked),
     }

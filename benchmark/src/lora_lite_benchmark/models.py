@@ -1,6 +1,8 @@
 """The base model and its tokenizer, from the package, a local directory, or the hub."""
 
 import functools
+import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,28 @@ def load_model(config: RunConfig, device: torch.device | str = "cpu") -> nn.Modu
     """A fresh copy of the base, in eval mode. Raises BenchmarkError saying which path or id could not be loaded."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = _load(
-        AutoModelForCausalLM, config.model, config.model_sha256, config.revision, dtype=getattr(torch, config.dtype)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.quantization != "none":
+        options |= {"quantization_config": _quantization(config, options["dtype"]), "device_map": {"": device}}
+    model: nn.Module = _load(AutoModelForCausalLM, config.model, config.model_sha256, config.revision, **options)
+    return (model if config.quantization != "none" else model.to(device)).eval()
+
+
+def _quantization(config: RunConfig, dtype: torch.dtype) -> Any:
+    """How transformers is told to quantise while it loads; 4-bit as in QLoRA, with quantised scales."""
+    from transformers import BitsAndBytesConfig
+
+    for package in ("bitsandbytes", "lora_lite_bitsandbytes"):
+        if importlib.util.find_spec(package) is None:
+            raise BenchmarkError(
+                f"quantization={config.quantization}: {package} is missing; pip install lora-lite-bitsandbytes"
+            )
+    if config.quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer and forward
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=config.quantization, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return model.to(device).eval()
 
 
 def load_tokenizer(config: RunConfig) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lora_lite as ll
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -28,6 +29,7 @@ ADAPTER_FILE = "adapter.safetensors"
 CHECKPOINT_FILE = "checkpoint.pt"
 ERROR_FILE = "error.txt"
 VERIFIED_ROWS = 4
+QUANTIZING = ("bitsandbytes", "lora-lite-bitsandbytes")
 
 
 def run_one(config: RunConfig, out: Path) -> Result:
@@ -54,6 +56,9 @@ def run_one(config: RunConfig, out: Path) -> Result:
     synchronize(accelerator.device)
     init_s = time.perf_counter() - started - (calibration.seconds or 0.0)
     check_macs(model, adapter, batch)
+    if config.perturb and config.variant not in SPECIAL_ROWS:
+        ll.check(model, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+        _perturb(adapter, config)
 
     reset_peak_memory(accelerator.device)
     started = time.perf_counter()
@@ -79,7 +84,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
     result = Result(
         hash=config.hash,
         config=config,
-        versions=versions(distribution(config.variant)),
+        versions=versions([*distribution(config.variant), *([] if config.quantization == "none" else QUANTIZING)]),
         machine=machine(accelerator.device),
         skipped_rows=skipped,
         measurements=Measurements(
@@ -132,6 +137,14 @@ def _calibration(examples: list[Example], config: RunConfig, pad: int) -> Iterat
     for start in range(0, len(rows), config.batch_size):
         batch = collate(rows[start : start + config.batch_size], pad)
         yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+@torch.no_grad()
+def _perturb(adapter: AnyAdapter, config: RunConfig) -> None:
+    """Noise on every trainable tensor, the same for the same seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for _, parameter in adapter.named_parameters():
+        parameter.add_(config.perturb * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def _slim_size(adapter: AnyAdapter, folder: Path) -> int | None:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -39,6 +39,21 @@ class Base(Variant):
 
 class Plain(Base, name="plain"):
     """Base, with a name."""
+
+
+class Squared(Base, name="squared"):
+    """Its prepare multiplies matrices that the spec wants in float32."""
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        return {"v": TensorSpec((site.d_out,), compute="float32")}
+
+    def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
+        square = t["v"][:, None] @ t["v"][None]
+        assert square.dtype == torch.float32, f"prepare computed in {square.dtype}"
+        return {"square": square.diagonal()}
+
+    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        return t["square"].to(y.dtype).expand_as(y)
 
 
 def ones(adapter: ll.Adapter, value: float = 1.0) -> None:
@@ -551,4 +566,13 @@ def test_a_delta_of_another_shape_is_named(blocks: Make) -> None:
     with pytest.raises(
         ll.VariantContractError, match=r"'wide' gave a delta of float32\[12\] for an activation of float32\[3, 12\]"
     ):
+        model(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_prepare_computes_as_declared_under_autocast(blocks: Make, frozen: bool) -> None:
+    """Autocast does not make bfloat16 of what a TensorSpec wants computed in float32, before or under frozen()."""
+    model = blocks()
+    ones(adapter := ll.attach(model, Squared()))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), adapter.frozen() if frozen else nullcontext():
         model(torch.randn(3, 8))

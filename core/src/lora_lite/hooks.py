@@ -51,7 +51,7 @@ class Entry:
         extra = {"scale": scale} if self.variant.takes_scale else {}
         site, t = Site(self.spot, module), self._read(module, like)
         if self.prepares:
-            t.update(self._prepare(site, t, like.dtype, extra))
+            t.update(self._prepare(site, t, like, extra))
         variant = self.variant
         delta = variant.delta_input(site, t, x, **extra) if y is None else variant.delta_output(site, t, x, y, **extra)
         if delta.shape == like.shape and delta.dtype != like.dtype and torch.is_autocast_enabled(like.device.type):
@@ -72,13 +72,14 @@ class Entry:
             t[name] = value.to(dtypes[self.specs[name].compute]) if value.is_floating_point() else value
         return t
 
-    def _prepare(self, site: Site, t: dict[str, Tensor], dtype: torch.dtype, extra: dict[str, float]) -> dict[str, Tensor]:
-        """Under `frozen()` the same for every call without gradients; else afresh."""
+    def _prepare(self, site: Site, t: dict[str, Tensor], like: Tensor, extra: dict[str, float]) -> dict[str, Tensor]:
+        """Under `frozen()` the same for every call without gradients; else afresh. Autocast would undo `TensorSpec.compute`."""
         reuse = self.control.frozen and not torch.is_grad_enabled()
-        key = (dtype, self.control.scale)
+        key = (like.dtype, self.control.scale)
         if reuse and key in self.prepared:
             return self.prepared[key]
-        prepared = self.variant.prepare(site, t, **extra)
+        with torch.autocast(like.device.type, enabled=False):
+            prepared = self.variant.prepare(site, t, **extra)
         prepared |= {name: prepared[name].detach() for name in self.variant.detached}
         if reuse:
             self.prepared[key] = prepared

@@ -68,9 +68,8 @@ class DoRA(Variant, name="dora"):
     @torch.no_grad()
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
         a, b = t["A"], t["B"]
-        with torch.autocast(a.device.type, enabled=False):
-            w_a = site.matmul(a.to(site.dtype)).to(a.dtype).T
-            grown = ((2 * self._scale * w_a + self._scale**2 * (b @ (a @ a.T))) * b).sum(1)
+        w_a = site.matmul(a.to(site.dtype)).to(a.dtype).T
+        grown = ((2 * self._scale * w_a + self._scale**2 * (b @ (a @ a.T))) * b).sum(1)
         return {"n / n0": (1 + grown / t["n0"] ** 2).clamp_min(SMALLEST_NORM).sqrt()}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:

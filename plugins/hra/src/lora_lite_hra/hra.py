@@ -55,8 +55,7 @@ class HRA(Variant, name="hra"):
         return {"U": half.repeat_interleave(2, dim=0)}
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
-        with torch.autocast(t["U"].device.type, enabled=False):
-            gram = t["U"] @ t["U"].T
+        gram = t["U"] @ t["U"].T
         length = gram.diagonal().clamp_min(1e-12).sqrt()
         outer = torch.outer(length, length)
         identity = torch.eye(self.r, dtype=gram.dtype, device=gram.device)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +151,7 @@ def computes_where_its_tensors_are(case: Case) -> None:
     t = {name: value.to("meta") for name, value in _read(variant, case.sites(model)[path], model.layer).items()}
     x, y = case.inputs(2, 3).to("meta"), case.but(d_in=case.d_out).inputs(2, 3).to("meta")
     site = case.sites(model.to("meta"))[path]
-    with torch.no_grad(), _autocast_on_meta():
+    with torch.no_grad():
         prepared = _prepared(variant, site, t)
         deltas = _deltas(variant, site, {**t, **prepared}, x, y)
     found = {**prepared, "Δx": deltas[0], "Δy": deltas[1]}
@@ -277,18 +274,6 @@ def _read(variant: Variant, site: Site, layer: nn.Module) -> dict[str, Tensor]:
     dtypes = {"activation": site.dtype, "float32": torch.promote_types(site.dtype, torch.float32)}
     specs = variant.tensors(site)
     return {name: _cast(layer.get_parameter(f"lora_default_{name}"), dtypes[spec.compute]) for name, spec in specs.items()}
-
-
-@contextmanager
-def _autocast_on_meta() -> Iterator[None]:
-    """Lets torch.autocast("meta"), which torch does not know, do nothing: as torch.autocast("cpu") does to tensors on meta."""
-    make = torch.autocast.__init__
-
-    def on_cpu(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-        make(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
-
-    with patch.object(torch.autocast, "__init__", on_cpu):
-        yield
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """Time and memory of a training step, side by side in one run: LoRA against PEFT's LoRA, and methods against our LoRA.
 
-python benchmark/perf/step.py [--pairs lora:peft antipasto:lora] [--tokens 1024] [--rounds 15]
+python benchmark/perf/step.py [--pairs lora:peft antipasto:lora ...] [--tokens 1024] [--rounds 40]
 
 Both sides of a pair take turns, step by step, on a small Llama of transformers, so that a busy machine slows both. Time is the
 ratio of the medians over the rounds, with a bootstrap interval of 95 %. Memory is what a step keeps for its backward: the
@@ -25,7 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RANKS = {"antipasto": 256}
-PAIRS = ["lora:peft", "antipasto:lora"]
+PAIRS = ["lora:peft", "antipasto:lora", "hra:lora", "dora:lora"]
 
 
 def base(dtype: torch.dtype) -> nn.Module:
@@ -136,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", default=PAIRS, help="FIRST:SECOND, ratios are first / second")
     parser.add_argument("--rank", type=int, default=None, help="of both sides; default 32, and 256 for antipasto")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--targets", default="down_proj$")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.data import Problem, encode, load_problems
 from lora_lite_benchmark.evaluate import evaluate, generate, score
@@ -27,7 +28,7 @@ def setup(make_config: Make) -> Setup:
 def test_generation_is_the_greedy_choice_token_by_token(setup: Setup) -> None:
     """A padded batch writes what picking the likeliest token of each problem alone, without a cache, writes."""
     config, model, tokenizer, problems = setup
-    written = generate(model, tokenizer, config, problems, "test")
+    written = generate(model, tokenizer, config, problems, "test", Accelerator())
     for problem, text in zip(problems[:5], written[:5], strict=True):
         ids = tokenizer(config.prompt.replace("{question}", problem.question)).input_ids
         start = len(ids)
@@ -41,7 +42,7 @@ def test_generation_is_the_greedy_choice_token_by_token(setup: Setup) -> None:
 def test_the_loss_is_the_answers_likelihood(setup: Setup) -> None:
     """Nats of each problem in a batch are the sum of -log p over its answer's tokens alone, end of text included."""
     config, model, tokenizer, problems = setup
-    scores = score(model, tokenizer, config, problems, "test")
+    scores = score(model, tokenizer, config, problems, "test", Accelerator())
     for problem, (nats, tokens) in zip(problems, scores, strict=True):
         ids, start = encode(tokenizer, config.prompt, problem)
         with torch.no_grad():
@@ -54,9 +55,9 @@ def test_the_loss_is_the_answers_likelihood(setup: Setup) -> None:
 def test_outcomes_belong_to_their_problems(setup: Setup) -> None:
     """Sorting by length for speed does not mix up questions: outcomes come in the order of the problems."""
     config, model, tokenizer, problems = setup
-    outcomes = evaluate(model, tokenizer, config, problems, "test")
+    outcomes = evaluate(model, tokenizer, config, problems, "test", Accelerator())
     assert [outcome.question for outcome in outcomes] == [problem.question for problem in problems]
-    alone = evaluate(model, tokenizer, config, problems[3:4], "test")[0]
+    alone = evaluate(model, tokenizer, config, problems[3:4], "test", Accelerator())[0]
     assert outcomes[3].prediction == alone.prediction
     assert outcomes[3].nats == pytest.approx(alone.nats, rel=1e-5)
     assert not model.training

@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except (BenchmarkError, ll.LoraLiteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from lora_lite_benchmark.processes import is_main_process
+
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -93,11 +96,15 @@ def _kind(setting: str) -> str:
 def _run(options: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
+    from lora_lite_benchmark.processes import is_main_process, stop
     from lora_lite_benchmark.run import run_all
 
     configs = plan(options)
     disable_progress_bar()  # of loading weights; those of training and testing are this package's
     results, failures = run_all(configs, options.out, _report)
+    stop()
+    if not is_main_process():
+        return 1 if failures else 0
     if results:
         from lora_lite_benchmark.table import format_table
 

@@ -1,25 +1,28 @@
 """How good a model is: exact match of the final number, and the loss of the reference answer in nats per token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from lora_lite_benchmark.answers import final_number, is_correct
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.data import IGNORED, Batch, Problem, collate, encode, prompt_ids
+from lora_lite_benchmark.processes import in_shards
 from lora_lite_benchmark.results import Outcome
 
 __all__ = ["evaluate", "generate", "nats", "score"]
 
 
-def evaluate(model: nn.Module, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[Outcome]:
-    """The outcome of every problem, in order. `model` is in eval mode, and still is afterwards."""
-    texts = generate(model, tokenizer, config, problems, name)
-    scores = score(model, tokenizer, config, problems, name)
+def evaluate(
+    model: nn.Module, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str, accelerator: Accelerator
+) -> list[Outcome]:
+    """The outcome of every problem, in order, in every process. `model` is in eval mode, and still is afterwards."""
+    texts = generate(model, tokenizer, config, problems, name, accelerator)
+    scores = score(model, tokenizer, config, problems, name, accelerator)
     return [
         Outcome(
             question=problem.question,
@@ -35,7 +38,9 @@ def evaluate(model: nn.Module, tokenizer: Any, config: RunConfig, problems: Sequ
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[str]:
+def generate(
+    model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str, accelerator: Accelerator
+) -> list[str]:
     """What the model writes after each prompt, greedily, until its end of text or `max_new_tokens`."""
     from transformers import GenerationConfig
 
@@ -46,27 +51,30 @@ def generate(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[P
         pad_token_id=tokenizer.pad_token_id,
     )
     prompts = [prompt_ids(tokenizer, config.prompt, problem) for problem in problems]
-    texts = [""] * len(prompts)
-    for rows in _batches([len(prompt) for prompt in prompts], config.eval_batch_size, f"{name}: generate"):
+
+    def write(rows: list[int]) -> list[str]:
         ids, mask = _pad_left([prompts[row] for row in rows], tokenizer.pad_token_id)
         written = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy)
-        decoded = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, decoded, strict=True):
-            texts[row] = text
-    return texts
+        texts: list[str] = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+    return in_shards(_batches(map(len, prompts), config.eval_batch_size), write, accelerator, f"{name}: generate")
 
 
 @torch.no_grad()
-def score(model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str) -> list[tuple[float, int]]:
+def score(
+    model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str, accelerator: Accelerator
+) -> list[tuple[float, int]]:
     """Of each problem: the nats of its reference answer under the model, and how many tokens that answer has."""
     examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
-    scores = [(0.0, 0)] * len(examples)
-    for rows in _batches([len(example.ids) for example in examples], config.eval_batch_size, f"{name}: loss"):
-        batch = collate((examples[row] for row in rows), tokenizer.pad_token_id)
-        sums = nats(model, batch.to(model.device)).tolist()
-        for row, loss in zip(rows, sums, strict=True):
-            scores[row] = (loss, len(examples[row].ids) - examples[row].start)
-    return scores
+
+    def weigh(rows: list[int]) -> list[tuple[float, int]]:
+        chosen = [examples[row] for row in rows]
+        sums = nats(model, collate(chosen, tokenizer.pad_token_id).to(model.device)).tolist()
+        return [(loss, len(example.ids) - example.start) for loss, example in zip(sums, chosen, strict=True)]
+
+    batches = _batches((len(example.ids) for example in examples), config.eval_batch_size)
+    return in_shards(batches, weigh, accelerator, f"{name}: loss")
 
 
 def nats(model: nn.Module, batch: Batch) -> Tensor:
@@ -79,11 +87,10 @@ def nats(model: nn.Module, batch: Batch) -> Tensor:
     return losses.view_as(labels).sum(dim=1)
 
 
-def _batches(lengths: Sequence[int], size: int, title: str) -> Iterator[list[int]]:
+def _batches(lengths: Iterable[int], size: int) -> list[list[int]]:
     """Indices in batches of like length (less padding), the longest first (memory runs out early or never)."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in tqdm(range(0, len(order), size), desc=title, leave=False):
-        yield order[start : start + size]
+    order = [index for index, _ in sorted(enumerate(lengths), key=lambda pair: -pair[1])]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _pad_left(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -202,6 +202,21 @@ def test_layer_kind_of_a_stranger(install: Callable[..., None]) -> None:
     torch.testing.assert_close(rotated.state_dict()["0.turned.U"], u)
 
 
+def test_a_layer_that_joins_later_is_entered_with_the_next_adapter(install: Callable[..., None]) -> None:
+    """No layer of an adapted model is left in the state from which its kind's `enter` keeps it."""
+    install("lora-lite-stranger", "stranger", KIND, {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}})
+    import stranger
+
+    odd = nn.ModuleList([stranger.Turned(6, 4)])
+    ll.attach(odd, "lora", r=2)
+    odd.append(stranger.Turned(4, 4))
+    ll.attach(odd, "lora", r=2, name="other", targets="0")
+    assert [layer.entered for layer in odd] == [1, 1]
+    for adapter in ll.adapters(odd).values():
+        adapter.detach()
+    assert [layer.entered for layer in odd] == [0, 0]
+
+
 def test_an_enter_that_raises(install: Callable[..., None], untouched: Callable[..., AbstractContextManager[None]]) -> None:
     """A kind that fails on entering its second layer leaves the model as it was: the first is exited again."""
     code = KIND.replace('module.entered = getattr(module, "entered", 0) + 1', "1 / (module.in_features - 5)")

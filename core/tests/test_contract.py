@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -576,3 +577,9 @@ def test_prepare_computes_as_declared_under_autocast(blocks: Make, frozen: bool)
     ones(adapter := ll.attach(model, Squared()))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), adapter.frozen() if frozen else nullcontext():
         model(torch.randn(3, 8))
+
+
+def test_any_scale_survives_the_file(blocks: Make, tmp_path: Path) -> None:
+    """Also one that JSON has no number for: what could be saved can be loaded."""
+    (adapter := ll.attach(blocks(), Plain())).scale = math.inf
+    assert reloaded(adapter, blocks(), tmp_path / "a").scale == math.inf

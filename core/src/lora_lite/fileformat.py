@@ -39,7 +39,9 @@ class Metadata(BaseModel):
         fingerprint: samples of the base's weights by site.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_bytes="base64", val_json_bytes="base64")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64"
+    )
 
     format: int = FORMAT
     variant: str

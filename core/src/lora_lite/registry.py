@@ -85,16 +85,16 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
 
 @contextmanager
 def opened(root: nn.Module) -> Iterator[Registry]:
-    """The registry. For the first adapter the base is frozen and every layer of a known kind entered, since what comes of one
-    layer's adapter goes through the others; undone where no adapter came of it.
+    """The registry. With the first adapter the base is frozen; every layer of a known kind is entered, since what comes of one
+    layer's adapter goes through the others. Undone where no adapter came of it, or the last one left.
     """
     registry: Registry = root.__dict__.get(KEY) or Registry(root)
     if KEY not in root.__dict__:
         root.__dict__[KEY] = registry
         root.requires_grad_(False)
     try:
-        for layer in find_layers(root) if not registry.entered else ():
-            if kind := kind_of(layer.module):
+        for layer in find_layers(root):
+            if layer.path not in registry.entered and (kind := kind_of(layer.module)):
                 kind.enter(layer.module)
                 registry.entered[layer.path] = kind
         yield registry

@@ -2,12 +2,14 @@
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from lora_lite_benchmark.data import Example
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.full import FullModel
 from lora_lite_benchmark.models import load_model
-from lora_lite_benchmark.results import Point
+from lora_lite_benchmark.results import Point, Result
 from lora_lite_benchmark.train import batch_rows, learning_rate, train
 
 Make = Callable[..., RunConfig]
@@ -107,3 +109,66 @@ def test_a_killed_run_ends_in_the_same_bits(arguments: list[str], tmp_path: Path
     files = {name: next(tmp_path.glob(f"{name}/*/adapter.safetensors")).read_bytes() for name in ("whole", "killed")}
     assert files["whole"] == files["killed"], again.stderr.decode()[-2000:]
     assert not list(tmp_path.glob("*/*/checkpoint.pt"))
+
+
+TIMES = {"forward_ms", "backward_ms", "calibration_s", "init_s", "train_s", "peak_memory_bytes"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL does not exist on Windows")
+def test_killed_ten_times(arguments: list[str], tmp_path: Path) -> None:
+    """Killed nine times wherever it happens to be, and once between the adapter's file and the result's, a run leaves the file
+    of an undisturbed one, bit for bit, and its result but for times and memory; nothing half-written stays behind.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "lora_lite_benchmark",
+        "run",
+        *arguments,
+        "--variants",
+        "pissa:r=4,dropout=0.2",
+        "--no-base",
+    ]
+    command += ["--steps", "300", "--checkpoint-every", "3", "--lr", "0.01", "--out"]
+    log = tmp_path / "log"
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        """The run, once it has said that it begins."""
+        with log.open("wb") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(
+                [*command, str(tmp_path / name)], stdout=subprocess.DEVNULL, stderr=file, env=environment
+            )
+        while "row 1 of 1" not in log.read_text() and process.poll() is None:
+            time.sleep(0.01)
+        return process
+
+    whole = start("whole")
+    began = time.monotonic()
+    assert whole.wait() == 0
+    duration = time.monotonic() - began
+
+    waits = [random.uniform(0, duration / 5) for _ in range(9)]
+    for wait in waits:
+        process = start("killed")
+        time.sleep(wait)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"it ended before the last kill; waits were {waits}"
+    process = start("killed")
+    while not list(tmp_path.glob("killed/*/adapter.safetensors")) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not list(tmp_path.glob("killed/*/result.json"))
+    assert start("killed").wait() == 0
+
+    folders = [next(tmp_path.glob(f"{name}/pissa-*")) for name in ("whole", "killed")]
+    one, two = ((folder / "adapter.safetensors").read_bytes() for folder in folders)
+    assert one == two, waits
+    exclude: Any = {"measurements": TIMES}
+    one_result, two_result = (Result.load(folder) for folder in folders)
+    assert one_result is not None
+    assert two_result is not None
+    assert one_result.model_dump(exclude=exclude) == two_result.model_dump(exclude=exclude)
+    assert {path.name for path in folders[1].iterdir()} == {"adapter.safetensors", "result.json"}

@@ -1,7 +1,6 @@
 """One row of the table, from its config to its result; and many rows, of which one may fail."""
 
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -115,8 +114,8 @@ def run_one(config: RunConfig, out: Path) -> Result:
             curve=tuple(curve),
         )
         result.save(folder)
-        for leftover in (CHECKPOINT_FILE, ERROR_FILE):
-            (folder / leftover).unlink(missing_ok=True)
+        for leftover in (folder / CHECKPOINT_FILE, folder / ERROR_FILE, *folder.glob(".*")):  # hidden: half-written at a kill
+            leftover.unlink(missing_ok=True)
         return result
 
     return on_main(accelerator, finish)
@@ -190,10 +189,11 @@ def _perturb(adapter: AnyAdapter, config: RunConfig) -> None:
 
 def _slim_size(adapter: AnyAdapter, folder: Path) -> int | None:
     """Bytes of the file without derived tensors; None where it has none to leave out."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        path = Path(scratch) / ADAPTER_FILE
-        try:
-            adapter.save(path, derived=False)
-        except ll.LoraLiteError:  # calibration data shaped what would have to be derived again
-            return None
+    path = folder / f".slim-{ADAPTER_FILE}"
+    try:
+        adapter.save(path, derived=False)
         return path.stat().st_size
+    except ll.LoraLiteError:  # calibration data shaped what would have to be derived again
+        return None
+    finally:
+        path.unlink(missing_ok=True)

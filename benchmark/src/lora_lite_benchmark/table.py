@@ -1,13 +1,18 @@
 """The markdown table that a reader sees: a row a run, a table for each base model and set of questions."""
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from lora_lite_benchmark.results import Result, Split
+from lora_lite_benchmark.stats import Comparison, Difference, compare, scores_of
 
 __all__ = ["COLUMNS", "format_table", "group_results", "row_order"]
 
 ABSENT = "–"
+REFERENCE = "lora"
+"""The row that the others are compared with, on the same questions and with the same seed."""
+PAIRS_SHOWN = 6
 
 Column = tuple[str, Callable[[Result], str]]
 
@@ -76,10 +81,27 @@ def row_order(result: Result) -> tuple[bool, int, str, int]:
 
 def _one_table(results: Sequence[Result]) -> str:
     cells = {name: [show(result) for result in results] for name, show in COLUMNS}
+    compared = [_against_reference(result, results) for result in results]
+    cells[f"% - {REFERENCE}"] = [ABSENT if c is None else _difference(c.accuracy, 100, "+.1f") for c in compared]
+    cells[f"loss - {REFERENCE}"] = [ABSENT if c is None else _difference(c.loss, 1, "+.4f") for c in compared]
     shown = {name: column for name, column in cells.items() if _is_worth_showing(name, column)}
     lines = ["| " + " | ".join(shown) + " |", "|" + "|".join("---" if name == "variant" else "---:" for name in shown) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in zip(*shown.values(), strict=True)]
     return f"{_title(results)}\n\n" + "\n".join(lines) + f"\n\n{_footnote(results)}"
+
+
+def _against_reference(result: Result, results: Sequence[Result]) -> Comparison | None:
+    """None for the reference itself, and where no reference of the same seed is at hand."""
+    for other in results:
+        same_seed = result.config.variant == "base" or other.config.seed == result.config.seed
+        if other.config.label == REFERENCE and other is not result and same_seed:
+            return compare(scores_of(result), scores_of(other))
+    return None
+
+
+def _difference(difference: Difference, unit: int, form: str) -> str:
+    value, low, high = (format(unit * number, form) for number in difference)
+    return f"{value} [{low}, {high}]" + ("" if difference.separable else " ≈")
 
 
 def _is_worth_showing(name: str, column: list[str]) -> bool:
@@ -101,8 +123,29 @@ def _footnote(results: Sequence[Result]) -> str:
     return (
         f"± one standard error. Loss in nats per answer token. Times: median of one training batch on {machine['device']} "
         f"({machine['name']}, {machine['threads']} threads). Peak memory of training: {' or '.join(sorted(memory))}. "
-        f"1 kB = 1,000 bytes.{_skipped(results)}"
+        f"1 kB = 1,000 bytes.{_compared(results)}{_skipped(results)}"
     )
+
+
+def _compared(results: Sequence[Result]) -> str:
+    if all(_against_reference(result, results) is None for result in results):
+        return ""
+    pairs = separated_by_loss_alone(results)
+    return (
+        f" Differences to {REFERENCE} are on the same questions, with a paired bootstrap interval of 95 %; ≈ marks what is not "
+        f"separable from it. Pairs of rows that the share of right answers does not separate, and the paired loss does: "
+        f"{len(pairs)}{''.join(f'; {one} and {two}' for one, two in pairs[:PAIRS_SHOWN])}."
+    )
+
+
+def separated_by_loss_alone(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """The labels of rows, of one seed each, whose accuracies are not separable although their losses are, the base left out."""
+    rows = [(result, scores_of(result)) for result in results if result.config.variant != "base"]
+    compared = [
+        (one.config.label, two.config.label, compare(first, second)) for (one, first), (two, second) in combinations(rows, 2)
+    ]
+    found = [(one, two) for one, two, c in compared if c is not None and c.loss.separable and not c.accuracy.separable]
+    return list(dict.fromkeys(found))
 
 
 def _skipped(results: Sequence[Result]) -> str:

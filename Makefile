@@ -7,13 +7,16 @@ MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproj
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test test-slow check format lint types docs wheels isolate new figures clean
+.PHONY: help demo bench test test-slow check format lint types docs wheels isolate new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## Train LoRA and AntiPaSTO on the embedded model, reload them, print the table, write the report
 	$(BIN)/lora-lite-bench run --preset tiny --variants lora antipasto --out results/demo
+
+bench: $(INSTALLED)  ## Train every variant on the embedded model with three seeds, print the table (over an hour; goes on when interrupted)
+	$(BIN)/lora-lite-bench run --preset tiny --variants all --seeds 0 1 2 --out results/bench
 
 test: $(INSTALLED)  ## Run all tests but the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

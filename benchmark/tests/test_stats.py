@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_lite_benchmark.stats import Scores, compare, difference, estimate
 
@@ -18,6 +18,7 @@ def scores(seeds: int, questions: int, seed: int, shift: float = 0.0) -> Scores:
     return Scores(tuple(range(seeds)), correct, nats, tokens)
 
 
+@settings(deadline=None, max_examples=25)
 @given(sizes)
 def test_a_row_is_never_separable_from_itself(size: tuple[int, int, int]) -> None:
     compared = compare(scores(*size), scores(*size))
@@ -27,6 +28,7 @@ def test_a_row_is_never_separable_from_itself(size: tuple[int, int, int]) -> Non
         assert not side.separable
 
 
+@settings(deadline=None, max_examples=25)
 @given(sizes)
 def test_swapping_the_rows_mirrors_the_interval(size: tuple[int, int, int]) -> None:
     seeds, questions, seed = size
@@ -38,6 +40,7 @@ def test_swapping_the_rows_mirrors_the_interval(size: tuple[int, int, int]) -> N
         np.testing.assert_allclose([a.value, a.low, a.high], [-b.value, -b.high, -b.low], atol=1e-9)
 
 
+@settings(deadline=None, max_examples=25)
 @given(sizes)
 def test_the_same_rows_give_the_same_interval(size: tuple[int, int, int]) -> None:
     seeds, questions, seed = size

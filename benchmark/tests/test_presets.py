@@ -126,6 +126,13 @@ def test_arms_are_run_side_by_side(tmp_path: Path) -> None:
     assert all(results[name].reloaded_identical for name in ("dora", "dora@nf4", "dora@int8"))
     assert "bitsandbytes" in results["dora@nf4"].versions
 
+    header, *lines = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
+    table = {line[0]: dict(zip(header, line, strict=True)) for line in lines if line[0] in rows}
+    for row in rows:
+        lost = table[row]["loss - unquantised"]
+        dense = row.partition("@")[0]
+        assert lost == "–" if row == dense else lost.startswith(f"{losses[row] - losses[dense]:+.4f} [")
+
 
 def test_a_probe_finds_what_is_wired_wrong(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

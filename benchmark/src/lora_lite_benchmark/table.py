@@ -11,7 +11,8 @@ __all__ = ["COLUMNS", "format_table", "group_results", "row_order"]
 
 ABSENT = "–"
 REFERENCE = "lora"
-"""The row that the others are compared with, on the same questions and with the same seed."""
+"""The row that the others are compared with, on the same questions, on the same kind of base and with the same seed."""
+DENSE = "unquantised"
 PAIRS_SHOWN = 6
 
 Column = tuple[str, Callable[[Result], str]]
@@ -50,6 +51,7 @@ COLUMNS: tuple[Column, ...] = (
     ("MACs / token", lambda result: f"{result.measurements.macs_per_token:,}"),
     ("forward ms", lambda result: f"{result.measurements.forward_ms:.1f}"),
     ("backward ms", lambda result: _number(result.measurements.backward_ms, ".1f")),
+    ("calibration s", lambda result: _number(result.measurements.calibration_s, ".2f")),
     ("init s", lambda result: _number(result.measurements.init_s, ".2f")),
     ("peak MB", lambda result: f"{result.measurements.peak_memory_bytes / 1e6:,.0f}"),
     ("file kB", _file_size),
@@ -81,22 +83,34 @@ def row_order(result: Result) -> tuple[bool, int, str, int]:
 
 def _one_table(results: Sequence[Result]) -> str:
     cells = {name: [show(result) for result in results] for name, show in COLUMNS}
-    compared = [_against_reference(result, results) for result in results]
-    cells[f"% - {REFERENCE}"] = [ABSENT if c is None else _difference(c.accuracy, 100, "+.1f") for c in compared]
-    cells[f"loss - {REFERENCE}"] = [ABSENT if c is None else _difference(c.loss, 1, "+.4f") for c in compared]
+    for name, other in ((REFERENCE, _reference), (DENSE, _dense)):
+        compared = [_compare(result, other(result, results)) for result in results]
+        cells[f"% - {name}"] = [ABSENT if c is None else _difference(c.accuracy, 100, "+.1f") for c in compared]
+        cells[f"loss - {name}"] = [ABSENT if c is None else _difference(c.loss, 1, "+.4f") for c in compared]
     shown = {name: column for name, column in cells.items() if _is_worth_showing(name, column)}
     lines = ["| " + " | ".join(shown) + " |", "|" + "|".join("---" if name == "variant" else "---:" for name in shown) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in zip(*shown.values(), strict=True)]
     return f"{_title(results)}\n\n" + "\n".join(lines) + f"\n\n{_footnote(results)}"
 
 
-def _against_reference(result: Result, results: Sequence[Result]) -> Comparison | None:
-    """None for the reference itself, and where no reference of the same seed is at hand."""
+def _reference(result: Result, results: Sequence[Result]) -> Result | None:
+    """None for the reference itself, and where none of the same seed is at hand."""
     for other in results:
+        is_reference = other.config.label.partition("@")[0] == REFERENCE and other is not result
         same_seed = result.config.variant == "base" or other.config.seed == result.config.seed
-        if other.config.label == REFERENCE and other is not result and same_seed:
-            return compare(scores_of(result), scores_of(other))
+        if is_reference and same_seed and other.config.quantization == result.config.quantization:
+            return other
     return None
+
+
+def _dense(result: Result, results: Sequence[Result]) -> Result | None:
+    """The same row on the base that is not quantised; None for rows that are on it."""
+    wanted = result.config.model_copy(update={"quantization": "none"}).hash
+    return next((other for other in results if other is not result and other.config.hash == wanted), None)
+
+
+def _compare(result: Result, other: Result | None) -> Comparison | None:
+    return None if other is None else compare(scores_of(result), scores_of(other))
 
 
 def _difference(difference: Difference, unit: int, form: str) -> str:
@@ -128,7 +142,7 @@ def _footnote(results: Sequence[Result]) -> str:
 
 
 def _compared(results: Sequence[Result]) -> str:
-    if all(_against_reference(result, results) is None for result in results):
+    if not any(_reference(result, results) for result in results):
         return ""
     pairs = separated_by_loss_alone(results)
     return (

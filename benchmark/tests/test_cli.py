@@ -1,6 +1,7 @@
 """The command, from options to files: what a user does, on a random model."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -215,3 +216,24 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tiny: " in out
     assert "qwen3.5-0.8b: " in out
     assert "lora " in out
+
+
+def test_real_gsm8k_through_the_same_commands(model_dir: Path, tmp_path: Path) -> None:
+    """GSM8K as published trains and tests a model from its own columns, with the prompt of the full-size preset."""
+    folder = os.environ.get("LORA_LITE_GSM8K")
+    if not folder:
+        pytest.skip("LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl")
+    data = [
+        f"--{split}={Path(folder) / name}.jsonl"
+        for split, name in (("train", "train"), ("validation", "train"), ("test", "test"))
+    ]
+    counts = ["--train-count", "64", "--validation-count", "4", "--test-count", "8"]
+    small = ["--steps", "2", "--batch-size", "2", "--max-new-tokens", "4", "--dtype", "float32", "--max-tokens", "1024"]
+    options = ["--preset", "qwen3.5-0.8b", "--model", str(model_dir), "--variants", "lora:r=2", "--out", str(tmp_path)]
+    assert main(["run", *options, *data, *counts, *small]) == 0
+    lora = next(result for result in load_results(tmp_path) if result.config.variant == "lora")
+    assert "Think step by step." in lora.config.prompt
+    assert lora.test is not None
+    assert lora.validation is not None
+    references = [outcome.reference for outcome in (*lora.validation.outcomes, *lora.test.outcomes)]
+    assert references == ["72", "10", "5", "42", "18", "3", "70000", "540", "20", "64", "260", "160"]

@@ -11,6 +11,9 @@ import pytest
 import torch
 from lora_lite import cli
 from lora_lite.plugins import variant_class
+from lora_lite_benchmark import cli as benchmark_cli
+from lora_lite_benchmark.results import Measurements
+from lora_lite_benchmark.table import COLUMNS
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +98,15 @@ def test_every_command_is_documented() -> None:
     actions = cli._parser()._subparsers._group_actions  # type: ignore[union-attr]
     for command in actions[0].choices:  # type: ignore[union-attr]
         assert f"`lora-lite {command}" in page
+
+
+def test_every_command_and_figure_of_the_benchmark_is_documented() -> None:
+    page = (ROOT / "benchmark/README.md").read_text()
+    commands = benchmark_cli._parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    assert not [command for command in commands if f"lora-lite-bench {command}" not in page]
+    names = {name.removesuffix("_low").removesuffix("_high") for column in COLUMNS for name in column.names}
+    names |= set(Measurements.model_fields)
+    assert not [name for name in names if f"`{name}`" not in page]
 
 
 def test_every_variant_is_in_the_readme() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import lora_lite as ll
 import pytest
 import torch
-from lora_lite_benchmark.cli import main
+from lora_lite_benchmark.cli import TABLE_FILES, main
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.models import load_model
 from lora_lite_benchmark.results import Result, load_results
@@ -82,9 +82,13 @@ def test_a_complete_run_is_not_repeated(finished: Path, arguments: list[str], ca
 
 
 def test_the_table_is_made_again_from_the_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`table` prints what `run` wrote; `plot` draws where it is told."""
-    assert main(["table", str(finished)]) == 0
-    assert capsys.readouterr().out == (finished / "table.md").read_text()
+    """`table` prints what `run` wrote, in every format; `plot` and `report` write where they are told."""
+    for name, file in TABLE_FILES.items():
+        assert main(["table", str(finished), "--format", name]) == 0
+        assert capsys.readouterr().out == (finished / file).read_text()
+    assert main(["report", str(finished), "--to", str(finished / "again.html")]) == 0
+    assert (finished / "again.html").read_text() == (finished / "report.html").read_text()
+    (finished / "again.html").unlink()
     assert main(["plot", str(finished), "--to", str(finished / "again.png")]) == 0
     assert (finished / "again.png").read_bytes().startswith(b"\x89PNG")
     (finished / "again.png").unlink()
@@ -179,12 +183,14 @@ def test_a_damaged_result_is_named(finished: Path, tmp_path: Path, capsys: pytes
 
 
 def test_seeds_are_runs(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each seed is a row of its own, with its own start values; the column appears when there are several."""
+    """Each seed is a run of its own, with its own start values; the table has one row for them."""
     options = ["run", *arguments, "--out", str(tmp_path), "--no-base", "--variants", "lora", "--seeds", "0", "1"]
     assert main([*options, "--steps", "2", "--test-count", "2"]) == 0
     files = [path.read_bytes() for path in tmp_path.glob("*/adapter.safetensors")]
     assert len(set(files)) == 2
-    assert "| variant | seed | r |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 steps of 4, seeds 0 1\n" in out
+    assert out.count("\n| lora |") == 1
 
 
 def test_runs_are_repeatable(make_config: Make, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from lora_lite_benchmark.config import ALL, SPECIAL_ROWS, Preset, RunConfig, Sou
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 from lora_lite_benchmark.results import Result, load_results
+from lora_lite_benchmark.rows import group_rows
+from lora_lite_benchmark.table import FORMATS, Table, make_tables, to_markdown
 
 __all__ = ["main"]
 
@@ -21,6 +23,10 @@ SETTINGS = (
     "clip_norm", "max_tokens", "calibration_rows", "perturb", "max_new_tokens", "eval_batch_size", "checkpoint_every",
 )  # fmt: skip
 """Fields of RunConfig that are options of the same name."""
+
+TABLE_FILES = {"markdown": "table.md", "csv": "table.csv", "json": "table.json"}
+REPORT_FILE = "report.html"
+PLOT_FILE = "accuracy.png"
 
 SPLITS = ("train", "validation", "test")
 
@@ -52,12 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(run)
     run.set_defaults(command=_run)
     table = commands.add_parser("table", help="print the table of finished runs")
-    table.add_argument("out", type=Path, metavar="DIR", help="what `run` was given as --out")
+    table.add_argument("--format", choices=FORMATS, default="markdown", help="csv and json: every figure in full")
     table.set_defaults(command=_table)
+    report = commands.add_parser("report", help="write one HTML page about finished runs")
+    report.add_argument("--to", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
+    report.set_defaults(command=_report)
     plot = commands.add_parser("plot", help="draw accuracy against parameters of finished runs")
-    plot.add_argument("out", type=Path, metavar="DIR", help="what `run` was given as --out")
     plot.add_argument("--to", type=Path, metavar="FILE", help="the picture (default: DIR/accuracy.png)")
     plot.set_defaults(command=_plot)
+    for command in (table, report, plot):
+        command.add_argument("out", type=Path, metavar="DIR", help="what `run` was given as --out")
     presets = commands.add_parser("presets", help="list the presets and their rows")
     presets.set_defaults(command=_presets)
     return parser
@@ -101,18 +111,12 @@ def _run(options: argparse.Namespace) -> int:
 
     configs = plan(options)
     disable_progress_bar()  # of loading weights; those of training and testing are this package's
-    results, failures = run_all(configs, options.out, _report)
+    results, failures = run_all(configs, options.out, _say)
     stop()
     if not is_main_process():
         return 1 if failures else 0
     if results:
-        from lora_lite_benchmark.table import format_table
-
-        table = format_table(results)
-        print(f"\n{table}")
-        write_text(options.out / "table.md", table)
-        if any(result.measurements.parameters for result in results):
-            _draw(results, options.out / "accuracy.png")
+        _write_outputs(results, options.out)
     if failures:
         print(f"{failures} of {len(configs)} runs failed; see {options.out}/*/error.txt", file=sys.stderr)
     return 1 if failures else 0
@@ -166,7 +170,7 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def _report(config: RunConfig, outcome: Result | Exception) -> None:
+def _say(config: RunConfig, outcome: Result | Exception) -> None:
     name = f"{config.label} (seed {config.seed})"
     if isinstance(outcome, Exception):
         first = (str(outcome).splitlines() or [""])[0]
@@ -181,22 +185,43 @@ def _report(config: RunConfig, outcome: Result | Exception) -> None:
     print(text, flush=True)
 
 
-def _table(options: argparse.Namespace) -> int:
-    from lora_lite_benchmark.table import format_table
+def _write_outputs(results: list[Result], out: Path) -> None:
+    """Print the table, and leave it in `out` in every format, with the page and the picture."""
+    tables = make_tables(results)
+    print(f"\n{to_markdown(tables)}")
+    for name, convert in FORMATS.items():
+        write_text(out / TABLE_FILES[name], convert(tables))
+    _save_report(tables, out / REPORT_FILE)
+    if any(result.measurements.parameters for result in results):
+        _save_plot(results, out / PLOT_FILE)
 
-    print(format_table(load_results(options.out)), end="")
+
+def _table(options: argparse.Namespace) -> int:
+    print(FORMATS[options.format](make_tables(load_results(options.out))), end="")
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    _save_report(make_tables(load_results(options.out)), options.to or options.out / REPORT_FILE)
+    return 0
+
+
+def _save_report(tables: list[Table], path: Path) -> None:
+    from lora_lite_benchmark.report import make_report
+
+    write_text(path, make_report(tables))
+    print(f"report: {path}")
 
 
 def _plot(options: argparse.Namespace) -> int:
-    _draw(load_results(options.out), options.to or options.out / "accuracy.png")
+    _save_plot(load_results(options.out), options.to or options.out / PLOT_FILE)
     return 0
 
 
-def _draw(results: list[Result], path: Path) -> None:
+def _save_plot(results: list[Result], path: Path) -> None:
     from lora_lite_benchmark.plot import save_plot
 
-    save_plot(results, path)
+    save_plot(group_rows(results), path)
     print(f"picture: {path}")
 
 

@@ -1,60 +1,180 @@
-"""One picture: accuracy against trainable parameters, with error bars, and the base as a line."""
+"""Pictures of a group of rows: accuracy against trainable parameters, training curves, costs. As PNG or as inline SVG."""
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_atomically
-from lora_lite_benchmark.results import Result, Split
-from lora_lite_benchmark.table import group_results
+from lora_lite_benchmark.rows import Group, Row
 
-__all__ = ["save_plot"]
+__all__ = ["accuracy_svg", "costs_svg", "curves_svg", "save_plot"]
+
+WIDTH = 8.0  # inches
+INK = "#010203"
+"""Lines and letters in SVG; replaced by `currentColor`, so that a page decides for light and dark."""
+
+STYLE = {
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "lora-lite",  # the same picture, the same bytes
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+CURVE_POINTS = 40
+LABEL_CHARACTERS = 48
+
+Draw = Callable[[Any, Group], None]
 
 
-def save_plot(results: Sequence[Result], path: Path) -> None:
-    """Write a PNG with one panel for each base model and set of questions.
+def save_plot(groups: Sequence[Group], path: Path) -> None:
+    """Write accuracy against parameters as PNG, one panel for each group.
 
     Raises BenchmarkError if no row has parameters: the axis would be empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups = [group for group in group_results(results) if any(result.measurements.parameters for result in group)]
-    if not groups:
+    drawn = [group for group in groups if _trained(group)]
+    if not drawn:
         raise BenchmarkError("there is nothing to draw: no row with trainable parameters has finished")
-    figure = Figure(figsize=(7 * len(groups), 4.8), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        _draw(axes, group)
+    figure = _figure(WIDTH * len(drawn), 5.5)
+    for axes, group in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        _draw_accuracy(axes, group)
+        axes.set_title(f"{Path(group.rows[0].config.model).name}: accuracy ± one standard error", fontsize=10)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _draw(axes, group: Sequence[Result]) -> None:  # type: ignore[no-untyped-def]
-    for name in dict.fromkeys(result.config.variant for result in group):
-        rows = [result for result in group if result.config.variant == name]
-        tested = [_split(result) for result in rows]
-        accuracy = [100 * split.accuracy for split in tested]
-        if name == "base":
-            axes.axhline(accuracy[0], color="0.5", linestyle="--", linewidth=1, label="base")
-            continue
-        parameters = [result.measurements.parameters for result in rows]
-        errors = [100 * split.accuracy_error for split in tested]
-        axes.errorbar(parameters, accuracy, yerr=errors, marker="o", linestyle="none", capsize=3, label=name)
-        for x, y, result in zip(parameters, accuracy, rows, strict=True):
-            label = result.config.label.removeprefix(f"{name}:")
-            if label != name:
-                axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color="0.3")
+def accuracy_svg(group: Group) -> str:
+    """Accuracy against trainable parameters, each row with one standard error."""
+    return _svg(group, _draw_accuracy, 5.5)
+
+
+def curves_svg(group: Group) -> str:
+    """The training loss of every row, its mean over the seeds and over stretches of the run."""
+    return _svg(group, _draw_curves, 5.5)
+
+
+def costs_svg(group: Group) -> str:
+    """Forward, backward and peak memory of every row as bars."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        figure = _figure(WIDTH, 1.2 + 0.28 * len(group.rows))
+        times, memory = figure.subplots(1, 2, sharey=True)
+        _draw_times(times, group)
+        _draw_memory(memory, group)
+        return _inline(figure)
+
+
+def _svg(group: Group, draw: Draw, height: float) -> str:
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        figure = _figure(WIDTH, height)
+        axes = figure.subplots()
+        draw(axes, group)
+        longest = max(len(_label(row)) for row in group.rows)
+        figure.legend(loc="outside lower center", ncols=max(1, 100 // (longest + 6)), frameon=False, fontsize=8)
+        return _inline(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _inline(figure: Any) -> str:
+    """The `<svg>` element alone, without ids that a second picture on the same page would repeat."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = re.sub(r' id="\w+_\d+"', "", svg[svg.index("<svg") :])
+    return svg.replace(INK, "currentColor")
+
+
+def _draw_accuracy(axes: Any, group: Group) -> None:
+    for row, color in _coloured(group):
+        percent, error = (100 * number for number in row.judged.accuracy)
+        if row.is_base:
+            axes.axhline(percent, color="0.5", linestyle="--", linewidth=1, label=_label(row))
+        else:
+            axes.errorbar(row.measured("parameters"), percent, error, marker="o", capsize=3, color=color, label=_label(row))
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    _plain_ticks(axes.xaxis)
+    axes.margins(x=0.1)
     axes.set_xlabel("trainable parameters")
-    axes.set_ylabel("test %" if group[-1].test else "valid %")
-    axes.set_title(f"{Path(group[-1].config.model).name}: accuracy ± one standard error", fontsize=10)
+    axes.set_ylabel("test %" if group.rows[-1].test else "valid %")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
 
 
-def _split(result: Result) -> Split:
-    """What the row is judged on: the test problems, else the validation problems (a config has one of them)."""
-    split = result.test or result.validation
-    assert split is not None
-    return split
+def _draw_curves(axes: Any, group: Group) -> None:
+    for row, color in _coloured(group):
+        if row.runs[0].curve:
+            axes.plot(*_curve(row), color=color, linewidth=1.4, label=_label(row))
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats per answer token")
+    axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
+    axes.grid(alpha=0.3)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, … written out, on an axis with a logarithmic scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+
+
+def _curve(row: Row) -> tuple[list[float], list[float]]:
+    """Steps and losses: one point for each of at most 40 stretches of the run, the mean over it and over the seeds."""
+    curves = [run.curve for run in row.runs]
+    size = -(-len(curves[0]) // CURVE_POINTS)
+    stretches = [[curve[start : start + size] for curve in curves] for start in range(0, len(curves[0]), size)]
+    points = [[point for part in stretch for point in part] for stretch in stretches]
+    return [_mean([point.step for point in part]) for part in points], [
+        _mean([point.loss for point in part]) for part in points
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _draw_times(axes: Any, group: Group) -> None:
+    labels = [_label(row) for row in group.rows]
+    forward = [row.measured("forward_ms") or 0 for row in group.rows]
+    backward = [row.measured("backward_ms") or 0 for row in group.rows]
+    axes.barh(labels, forward, color="tab:blue", label="forward")
+    axes.barh(labels, backward, left=forward, color="tab:orange", label="backward")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms for one training batch")
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def _draw_memory(axes: Any, group: Group) -> None:
+    axes.barh([_label(row) for row in group.rows], [(row.measured("peak_memory_bytes") or 0) / 1e6 for row in group.rows])
+    axes.set_xlabel("MB at the peak of training")
+
+
+def _label(row: Row) -> str:
+    """The row's name, cut where it would leave no room for the picture."""
+    name = row.config.label
+    return name if len(name) <= LABEL_CHARACTERS else f"{name[: LABEL_CHARACTERS - 1]}…"
+
+
+def _trained(group: Group) -> list[Row]:
+    return [row for row in group.rows if row.measured("parameters")]
+
+
+def _coloured(group: Group) -> list[tuple[Row, Any]]:
+    """Every row with its colour, the same in all pictures; they repeat after twenty."""
+    import matplotlib as mpl
+
+    colors = mpl.color_sequences["tab20"]
+    return [(row, colors[index % len(colors)]) for index, row in enumerate(group.rows)]

@@ -19,13 +19,14 @@ The 2.5th and 97.5th percentiles are the interval. Pigeonhole resampling of ques
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lite_benchmark.results import Result
+from lora_lite_benchmark.results import Outcome
 
 __all__ = ["Comparison", "Difference", "Estimate", "Scores", "compare", "difference", "estimate", "scores_of"]
 
@@ -85,14 +86,12 @@ class Scores:
         return self.correct[lines], self.nats[lines]
 
 
-def scores_of(result: Result) -> Scores:
-    """The outcomes of one run, on the test problems if it has them, else on the validation problems."""
-    split = result.test or result.validation
-    assert split is not None
-    correct = np.array([[outcome.correct for outcome in split.outcomes]], dtype=float)
-    nats = np.array([[outcome.nats for outcome in split.outcomes]])
-    tokens = np.array([outcome.tokens for outcome in split.outcomes], dtype=float)
-    return Scores(None if result.config.variant == "base" else (result.config.seed,), correct, nats, tokens)
+def scores_of(runs: Sequence[Sequence[Outcome]], seeds: tuple[int, ...] | None) -> Scores:
+    """The outcomes of the runs of one row on the same questions, one sequence for each of `seeds`."""
+    correct = np.array([[outcome.correct for outcome in outcomes] for outcomes in runs], dtype=float)
+    nats = np.array([[outcome.nats for outcome in outcomes] for outcomes in runs])
+    tokens = np.array([outcome.tokens for outcome in runs[0]], dtype=float)
+    return Scores(seeds, correct, nats, tokens)
 
 
 def compare(row: Scores, reference: Scores) -> Comparison | None:

@@ -1,150 +1,186 @@
-"""The markdown table that a reader sees: a row a run, a table for each base model and set of questions."""
+"""The table that a reader sees: a row for each config, a table for each base model and set of questions."""
 
+import csv
+import io
+import json
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from lora_lite_benchmark.results import Result, Split
-from lora_lite_benchmark.stats import Comparison, Difference, compare, scores_of
+from lora_lite_benchmark.figures import UNQUANTISED, Figures, figures, separated_by_loss_alone
+from lora_lite_benchmark.results import Result
+from lora_lite_benchmark.rows import REFERENCE, Group, group_rows
+from lora_lite_benchmark.stats import Difference
 
-__all__ = ["COLUMNS", "format_table", "group_results", "row_order"]
+__all__ = ["COLUMNS", "FORMATS", "Column", "Table", "make_tables", "to_csv", "to_json", "to_markdown"]
 
 ABSENT = "–"
-REFERENCE = "lora"
-"""The row that the others are compared with, on the same questions, on the same kind of base and with the same seed."""
-DENSE = "unquantised"
 PAIRS_SHOWN = 6
 
-Column = tuple[str, Callable[[Result], str]]
+
+class Column(NamedTuple):
+    """What is shown of which figures. Where the first of them is None, the cell says so."""
+
+    title: str
+    names: tuple[str, ...]
+    show: Callable[..., str]
+
+    def cell(self, row: Figures) -> str:
+        values = [row[name] for name in self.names]
+        return ABSENT if values[0] is None else self.show(*values)
 
 
-def _percent(split: Split | None) -> str:
-    return ABSENT if split is None else f"{100 * split.accuracy:.1f} ± {100 * split.accuracy_error:.1f}"
+def _percent(share: float, error: float) -> str:
+    return f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
-def _loss(split: Split | None) -> str:
-    return ABSENT if split is None else f"{split.loss:.4f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return ABSENT if value is None else format(value, form)
-
-
-def _file_size(result: Result) -> str:
-    full, slim = result.measurements.file_bytes, result.measurements.slim_file_bytes
-    if full is None:
-        return ABSENT
+def _file_size(full: int, slim: int | None) -> str:
     return f"{full / 1000:,.0f}" if slim is None or slim == full else f"{full / 1000:,.0f} (slim {slim / 1000:,.0f})"
 
 
-COLUMNS: tuple[Column, ...] = (
-    ("variant", lambda result: result.config.label),
-    ("seed", lambda result: ABSENT if result.config.variant == "base" else str(result.config.seed)),
-    ("r", lambda result: str(result.config.fields.get("r", ABSENT))),
-    ("lr", lambda result: ABSENT if result.config.variant == "base" else f"{result.config.lr:g}"),
-    ("steps", lambda result: ABSENT if result.config.variant == "base" else f"{result.config.steps:,}"),
-    ("test %", lambda result: _percent(result.test)),
-    ("valid %", lambda result: _percent(result.validation)),
-    ("test loss", lambda result: _loss(result.test)),
-    ("valid loss", lambda result: _loss(result.validation)),
-    ("parameters", lambda result: f"{result.measurements.parameters:,}"),
-    ("MACs / token", lambda result: f"{result.measurements.macs_per_token:,}"),
-    ("forward ms", lambda result: f"{result.measurements.forward_ms:.1f}"),
-    ("backward ms", lambda result: _number(result.measurements.backward_ms, ".1f")),
-    ("calibration s", lambda result: _number(result.measurements.calibration_s, ".2f")),
-    ("init s", lambda result: _number(result.measurements.init_s, ".2f")),
-    ("peak MB", lambda result: f"{result.measurements.peak_memory_bytes / 1e6:,.0f}"),
-    ("file kB", _file_size),
-)
+def _interval(unit: int, form: str) -> Callable[[float, float, float], str]:
+    def show(value: float, low: float, high: float) -> str:
+        middle, *ends = (format(unit * number, form) for number in (value, low, high))
+        return f"{middle} [{', '.join(ends)}]" + ("" if Difference(value, low, high).separable else " ≈")
 
-ONLY_IF_VARIED = {"seed", "steps"}
-"""Columns that are left out where every row says the same."""
+    return show
 
 
-def format_table(results: Sequence[Result]) -> str:
-    """The tables of all groups, each under a line that says what was run on what."""
-    return "\n\n".join(_one_table(group) for group in group_results(results)) + "\n"
-
-
-def group_results(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that can be compared: the same base model and the same questions. Each group is in row order."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        config = result.config
-        key = config.model_dump_json(include={"model", "model_sha256", "revision", "dtype", "prompt", "test", "validation"})
-        groups.setdefault(key, []).append(result)
-    return [sorted(group, key=row_order) for group in groups.values()]
-
-
-def row_order(result: Result) -> tuple[bool, int, str, int]:
-    """The base first, then by trainable parameters."""
-    return result.config.variant != "base", result.measurements.parameters, result.config.label, result.config.seed
-
-
-def _one_table(results: Sequence[Result]) -> str:
-    cells = {name: [show(result) for result in results] for name, show in COLUMNS}
-    for name, other in ((REFERENCE, _reference), (DENSE, _dense)):
-        compared = [_compare(result, other(result, results)) for result in results]
-        cells[f"% - {name}"] = [ABSENT if c is None else _difference(c.accuracy, 100, "+.1f") for c in compared]
-        cells[f"loss - {name}"] = [ABSENT if c is None else _difference(c.loss, 1, "+.4f") for c in compared]
-    shown = {name: column for name, column in cells.items() if _is_worth_showing(name, column)}
-    lines = ["| " + " | ".join(shown) + " |", "|" + "|".join("---" if name == "variant" else "---:" for name in shown) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in zip(*shown.values(), strict=True)]
-    return f"{_title(results)}\n\n" + "\n".join(lines) + f"\n\n{_footnote(results)}"
-
-
-def _reference(result: Result, results: Sequence[Result]) -> Result | None:
-    """None for the reference itself, and where none of the same seed is at hand."""
-    for other in results:
-        is_reference = other.config.label.partition("@")[0] == REFERENCE and other is not result
-        same_seed = result.config.variant == "base" or other.config.seed == result.config.seed
-        if is_reference and same_seed and other.config.quantization == result.config.quantization:
-            return other
-    return None
-
-
-def _dense(result: Result, results: Sequence[Result]) -> Result | None:
-    """The same row on the base that is not quantised; None for rows that are on it."""
-    wanted = result.config.model_copy(update={"quantization": "none"}).hash
-    return next((other for other in results if other is not result and other.config.hash == wanted), None)
-
-
-def _compare(result: Result, other: Result | None) -> Comparison | None:
-    return None if other is None else compare(scores_of(result), scores_of(other))
-
-
-def _difference(difference: Difference, unit: int, form: str) -> str:
-    value, low, high = (format(unit * number, form) for number in difference)
-    return f"{value} [{low}, {high}]" + ("" if difference.separable else " ≈")
-
-
-def _is_worth_showing(name: str, column: list[str]) -> bool:
-    values = set(column) - {ABSENT}
-    return len(values) > 1 if name in ONLY_IF_VARIED else bool(values)
-
-
-def _title(results: Sequence[Result]) -> str:
-    last = results[-1]
-    split, source = (last.test, last.config.test) if last.test else (last.validation, last.config.validation)
-    count, name = (len(split.outcomes), Path(source.path).name) if split and source else (0, "")
-    steps = sorted({result.config.steps for result in results if result.config.variant != "base"})
-    trained = f", {' / '.join(f'{number:,}' for number in steps)} steps of {last.config.batch_size}" if steps else ""
-    return f"**{Path(last.config.model).name}**, tested on {count:,} problems of {name}{trained}"
-
-
-def _footnote(results: Sequence[Result]) -> str:
-    machine, memory = results[-1].machine, {result.measurements.peak_memory_of for result in results}
+def _differences(other: str) -> tuple[Column, Column]:
     return (
-        f"± one standard error. Loss in nats per answer token. Times: median of one training batch on {machine['device']} "
-        f"({machine['name']}, {machine['threads']} threads). Peak memory of training: {' or '.join(sorted(memory))}. "
-        f"1 kB = 1,000 bytes.{_compared(results)}{_skipped(results)}"
+        Column(f"% - {other}", _with_ends(f"accuracy_minus_{other}"), _interval(100, "+.1f")),
+        Column(f"loss - {other}", _with_ends(f"loss_minus_{other}"), _interval(1, "+.4f")),
     )
 
 
-def _compared(results: Sequence[Result]) -> str:
-    if not any(_reference(result, results) for result in results):
+def _with_ends(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
+
+
+COLUMNS = (
+    Column("variant", ("label",), str),
+    Column("seeds", ("seeds",), str),
+    Column("r", ("r",), str),
+    Column("lr", ("lr",), "{:g}".format),
+    Column("steps", ("steps",), "{:,}".format),
+    Column("test %", ("test_accuracy", "test_accuracy_error"), _percent),
+    Column("valid %", ("validation_accuracy", "validation_accuracy_error"), _percent),
+    Column("test loss", ("test_loss",), "{:.4f}".format),
+    Column("valid loss", ("validation_loss",), "{:.4f}".format),
+    Column("parameters", ("parameters",), "{:,}".format),
+    Column("MACs / token", ("macs_per_token",), "{:,}".format),
+    Column("forward ms", ("forward_ms",), "{:.1f}".format),
+    Column("backward ms", ("backward_ms",), "{:.1f}".format),
+    Column("calibration s", ("calibration_s",), "{:.2f}".format),
+    Column("init s", ("init_s",), "{:.2f}".format),
+    Column("peak MB", ("peak_memory_bytes",), lambda size: f"{size / 1e6:,.0f}"),
+    Column("file kB", ("file_bytes", "slim_file_bytes"), _file_size),
+    *_differences(REFERENCE),
+    *_differences(UNQUANTISED),
+)
+
+ONLY_IF_VARIED = {"seeds", "steps"}
+"""Columns that are left out where every row says the same; the line above the table says it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A group's figures, and what is shown of them: `header` names the columns, `cells` has a line for each row."""
+
+    group: Group
+    figures: tuple[Figures, ...]
+    title: str
+    header: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    footnote: str
+
+
+def make_tables(results: Sequence[Result]) -> list[Table]:
+    """One table for each group of rows that can be compared."""
+    return [_table(group) for group in group_rows(results)]
+
+
+def _table(group: Group) -> Table:
+    rows = tuple(figures(row, group) for row in group.rows)
+    columns = {column.title: [column.cell(row) for row in rows] for column in COLUMNS}
+    shown = {title: cells for title, cells in columns.items() if _is_worth_showing(title, cells)}
+    title = f"{_model(group)}, {_tested(group)}{_trained(group)}"
+    return Table(group, rows, title, tuple(shown), tuple(zip(*shown.values(), strict=True)), _footnote(group))
+
+
+def _is_worth_showing(title: str, cells: Sequence[str]) -> bool:
+    values = set(cells) - {ABSENT}
+    return len(values) > 1 if title in ONLY_IF_VARIED else bool(values)
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    return "\n\n".join(map(_markdown, tables)) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    rule = "|".join("---" if title == "variant" else "---:" for title in table.header)
+    header, *lines = ("| " + " | ".join(line) + " |" for line in (table.header, *table.cells))
+    model, _, rest = table.title.partition(", ")
+    return "\n".join((f"**{model}**, {rest}", "", header, f"|{rule}|", *lines, "", table.footnote))
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """All tables' rows under one header, every figure in full; an empty cell is None."""
+    rows = [row for table in tables for row in table.figures]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """A list of tables, each with `title`, `footnote` and `rows`, every figure in full."""
+    content = [{"title": table.title, "footnote": table.footnote, "rows": table.figures} for table in tables]
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {"markdown": to_markdown, "csv": to_csv, "json": to_json}
+
+
+def _model(group: Group) -> str:
+    return Path(group.rows[0].config.model).name
+
+
+def _tested(group: Group) -> str:
+    row = group.rows[-1]
+    source = row.config.test or row.config.validation
+    assert source is not None
+    return f"tested on {len(row.judged.tokens):,} problems of {Path(source.path).name}"
+
+
+def _trained(group: Group) -> str:
+    trained = [row for row in group.rows if not row.is_base]
+    if not trained:
         return ""
-    pairs = separated_by_loss_alone(results)
+    steps = " / ".join(f"{number:,}" for number in sorted({row.config.steps for row in trained}))
+    seeds = {row.seeds for row in trained}
+    several = f", seeds {' '.join(map(str, *seeds))}" if len(seeds) == 1 and len(trained[0].seeds) > 1 else ""
+    return f", {steps} steps of {trained[-1].config.batch_size}{several}"
+
+
+def _footnote(group: Group) -> str:
+    runs = [run for row in group.rows for run in row.runs]
+    machine, memory = runs[-1].machine, {run.measurements.peak_memory_of for run in runs}
+    several = any(len(row.seeds) > 1 for row in group.rows)
+    return (
+        f"± one standard error{', of questions and of seeds' if several else ''}. Loss in nats per answer token. Times: median "
+        f"of one training batch on {machine['device']} ({machine['name']}, {machine['threads']} threads). Peak memory of "
+        f"training: {' or '.join(sorted(memory))}. 1 kB = 1,000 bytes.{' Costs: median over the seeds.' if several else ''}"
+        f"{_compared(group)}{_skipped(runs)}"
+    )
+
+
+def _compared(group: Group) -> str:
+    if not any(group.reference(row) for row in group.rows):
+        return ""
+    pairs = separated_by_loss_alone(group)
     return (
         f" Differences to {REFERENCE} are on the same questions, with a paired bootstrap interval of 95 %; ≈ marks what is not "
         f"separable from it. Pairs of rows that the share of right answers does not separate, and the paired loss does: "
@@ -152,19 +188,9 @@ def _compared(results: Sequence[Result]) -> str:
     )
 
 
-def separated_by_loss_alone(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """The labels of rows, of one seed each, whose accuracies are not separable although their losses are, the base left out."""
-    rows = [(result, scores_of(result)) for result in results if result.config.variant != "base"]
-    compared = [
-        (one.config.label, two.config.label, compare(first, second)) for (one, first), (two, second) in combinations(rows, 2)
-    ]
-    found = [(one, two) for one, two, c in compared if c is not None and c.loss.separable and not c.accuracy.separable]
-    return list(dict.fromkeys(found))
-
-
-def _skipped(results: Sequence[Result]) -> str:
+def _skipped(runs: Sequence[Result]) -> str:
     """A sentence about training rows that were too long, if there were any."""
-    left_out = max(results, key=lambda result: result.skipped_rows)
+    left_out = max(runs, key=lambda run: run.skipped_rows)
     if not left_out.skipped_rows:
         return ""
     return f" {left_out.skipped_rows:,} training rows of more than {left_out.config.max_tokens:,} tokens were left out."

@@ -12,7 +12,7 @@ SvdMethod = Literal["randomized", "exact"]
 
 # Oversampling p and power iterations q of the randomised method, as multiples that depend on the rank.
 MIN_OVERSAMPLING = 32
-POWER_ITERATIONS = 6
+POWER_ITERATIONS = 4
 
 
 def check_rank(r: int, site: Site, field: str = "r") -> None:
@@ -49,13 +49,19 @@ def top_r_svd(w: Tensor, r: int, method: SvdMethod = "randomized") -> tuple[Tens
 
 
 def _randomized_svd(w: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On the side of the smaller dimension: the range of (W Wᵀ)^q W Ω, then the SVD of the small projection."""
+    """On the side of the smaller dimension: the range of Π (W Wᵀ - αᵢ) W Ω, then the SVD of the small projection.
+
+    The shifts α (Feng, Yu, Xie and Tang 2024, arXiv:2404.09276) forget small singular values sooner. α is at most σⱼ²/2 for a j
+    between r and `size`: |σ² - α| is then larger for what is above σⱼ than for anything below it. The iteration shows such an
+    α itself, because its j-th singular value is at most σⱼ² - α.
+    """
     tall = w.shape[0] > w.shape[1]
     a = w.T if tall else w
     start = torch.randn(a.shape[1], size, generator=torch.Generator().manual_seed(0)).to(a)
-    q = torch.linalg.qr(a @ start).Q
+    q, shift = torch.linalg.qr(a @ start).Q, 0.0
     for _ in range(POWER_ITERATIONS):
-        q = torch.linalg.qr(a @ (a.T @ q)).Q
-    u, s, v = torch.linalg.svd(q.T @ a, full_matrices=False)
-    u = q @ u
-    return (v.T, s, u.T) if tall else (u, s, v)
+        q, triangle = torch.linalg.qr(a @ (a.T @ q) - shift * q)
+        shift = max(shift, (shift + float(torch.linalg.svdvals(triangle)[5 * size // 8])) / 2)
+    p, triangle = torch.linalg.qr(a.T @ q)
+    u, s, v = torch.linalg.svd(triangle)
+    return (p @ u, s, v @ q.T) if tall else (q @ v.T, s, (p @ u).T)

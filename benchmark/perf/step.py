@@ -29,13 +29,17 @@ PAIRS = ["lora:peft", "antipasto:lora", "hra:lora", "dora:lora"]
 
 
 def base(dtype: torch.dtype) -> nn.Module:
-    """Two blocks of width 512 with down_proj 1792 -> 512: Qwen3.5-0.8B's proportions at half its width."""
+    """Six blocks of width 512 with down_proj 1792 -> 512: Qwen3.5-0.8B's proportions at half its width and a quarter of its depth.
+
+    Depth counts. A method that changes a layer's input needs the input's gradient even at the first adapted layer, where
+    LoRA's backward ends at the output: one product with W, which is a share of 1 / blocks.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=512,
         intermediate_size=1792,
-        num_hidden_layers=2,
+        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=2,
         tie_word_embeddings=True,

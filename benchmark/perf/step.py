@@ -3,7 +3,7 @@
 python benchmark/perf/step.py [--pairs lora:peft antipasto:lora ...] [--tokens 1024] [--rounds 40]
 
 Both sides of a pair take turns, step by step, on a small Llama of transformers, so that a busy machine slows both. Time is the
-ratio of the medians over the rounds, with a bootstrap interval of 95 %. Memory is what a step keeps for its backward: the
+median of the rounds' ratios, with a bootstrap interval of 95 %. Memory is what a step keeps for its backward: the
 bytes of the tensors that autograd saves, each storage counted once, without parameters (the same for both sides on any
 device), and the peak of a process of its own (resident set, measured against the same process before the first step).
 """
@@ -29,7 +29,7 @@ PAIRS = ["lora:peft", "antipasto:lora", "hra:lora", "dora:lora"]
 
 
 def base(dtype: torch.dtype) -> nn.Module:
-    """Six blocks of width 512 with down_proj 1792 -> 512: Qwen3.5-0.8B's proportions at half its width and a quarter of its depth.
+    """Six blocks of width 512 with down_proj 1792 -> 512: Qwen3.5-0.8B at half its width and a quarter of its depth.
 
     Depth counts. A method that changes a layer's input needs the input's gradient even at the first adapted layer, where
     LoRA's backward ends at the output: one product with W, which is a share of 1 / blocks.
@@ -104,12 +104,11 @@ def times(first: Callable[[], None], second: Callable[[], None], rounds: int) ->
 
 
 def interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """The ratio of the medians, and its 95 % bootstrap interval."""
+    """The median of the ratios of steps taken one after the other, and its 95 % bootstrap interval."""
     rng = random.Random(0)
-    draws = sorted(
-        statistics.median(rng.choices(a, k=len(a))) / statistics.median(rng.choices(b, k=len(b))) for _ in range(2000)
-    )
-    return statistics.median(a) / statistics.median(b), draws[50], draws[1949]
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    draws = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), draws[50], draws[1949]
 
 
 def peak_mib(arguments: argparse.Namespace, method: str, rank: int) -> float:

@@ -68,10 +68,11 @@ def learns_what_it_can_express(case: Case) -> None:
 
 @promise(examples=8)
 def project_and_penalty_are_sound(case: Case) -> None:
-    """The start is in the allowed set, so `project` does not move it; projecting twice is projecting once; and `penalty`, where
-    a method has one, is a finite scalar that has a gradient.
+    """The start is in the allowed set, so `project` does not move it; projecting twice is projecting once, in place; and
+    `penalty`, where a method has one, is a finite scalar that has a gradient.
 
-    Usually broken by a projection that rescales a little each time, or by a penalty per row that was not summed.
+    Usually broken by a projection that rescales a little each time, by one that puts a new tensor into `t` and leaves the
+    parameter as it was, or by a penalty per row that was not summed.
     """
     model = case.model()
     adapter = case.attach(model)
@@ -87,6 +88,11 @@ def project_and_penalty_are_sound(case: Case) -> None:
     for path, variant in adapter.sites.items():
         layer = model.get_submodule(path)
         t = {name: layer.get_parameter(f"lora_default_{name}") for name in variant.tensors(case.sites(model)[path])}
+        given = dict(t)
+        with torch.no_grad():
+            variant.project(case.sites(model)[path], given)
+        replaced = [name for name in t if given.get(name) is not t[name]]
+        assert not replaced, f"project puts other tensors under {replaced}; a parameter changes in place alone, as by clamp_()"
         penalty = variant.penalty(case.sites(model)[path], t)
         if penalty is not None:
             assert not penalty.ndim, f"the penalty has shape {list(penalty.shape)}, expected a scalar"

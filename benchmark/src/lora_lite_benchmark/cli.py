@@ -13,7 +13,7 @@ from lora_lite_benchmark.config import ALL, SPECIAL_ROWS, Preset, RunConfig, Sou
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 from lora_lite_benchmark.results import Result, load_results
-from lora_lite_benchmark.rows import group_rows
+from lora_lite_benchmark.rows import Group, group_rows
 from lora_lite_benchmark.table import FORMATS, Table, make_tables, to_markdown
 
 __all__ = ["main"]
@@ -177,8 +177,7 @@ def _say(config: RunConfig, outcome: Result | Exception) -> None:
         kind = "" if isinstance(outcome, (BenchmarkError, ll.LoraLiteError)) else f"{type(outcome).__name__}: "
         print(f"{name}: failed: {kind}{first}", file=sys.stderr)
         return
-    split = outcome.test or outcome.validation
-    assert split is not None
+    split = outcome.judged
     text = f"{name}: {100 * split.accuracy:.1f} ± {100 * split.accuracy_error:.1f} %, loss {split.loss:.4f}"
     if outcome.reloaded_identical:
         text += "; reloaded on a fresh base: logits identical"
@@ -193,7 +192,7 @@ def _write_outputs(results: list[Result], out: Path) -> None:
         write_text(out / TABLE_FILES[name], convert(tables))
     _save_report(tables, out / REPORT_FILE)
     if any(result.measurements.parameters for result in results):
-        _save_plot(results, out / PLOT_FILE)
+        _save_plot([table.group for table in tables], out / PLOT_FILE)
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -214,14 +213,14 @@ def _save_report(tables: list[Table], path: Path) -> None:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    _save_plot(load_results(options.out), options.to or options.out / PLOT_FILE)
+    _save_plot(group_rows(load_results(options.out)), options.to or options.out / PLOT_FILE)
     return 0
 
 
-def _save_plot(results: list[Result], path: Path) -> None:
+def _save_plot(groups: list[Group], path: Path) -> None:
     from lora_lite_benchmark.plot import save_plot
 
-    save_plot(group_rows(results), path)
+    save_plot(groups, path)
     print(f"picture: {path}")
 
 

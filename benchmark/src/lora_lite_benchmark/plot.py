@@ -33,7 +33,7 @@ def save_plot(groups: Sequence[Group], path: Path) -> None:
 
     Raises BenchmarkError if no row has parameters: the axis would be empty.
     """
-    drawn = [group for group in groups if _trained(group)]
+    drawn = [group for group in groups if any(row.measured("parameters") for row in group.rows)]
     if not drawn:
         raise BenchmarkError("there is nothing to draw: no row with trainable parameters has finished")
     figure = _figure(WIDTH * len(drawn), 5.5)
@@ -166,10 +166,6 @@ def _label(row: Row) -> str:
     """The row's name, cut where it would leave no room for the picture."""
     name = row.config.label
     return name if len(name) <= LABEL_CHARACTERS else f"{name[: LABEL_CHARACTERS - 1]}…"
-
-
-def _trained(group: Group) -> list[Row]:
-    return [row for row in group.rows if row.measured("parameters")]
 
 
 def _coloured(group: Group) -> list[tuple[Row, Any]]:

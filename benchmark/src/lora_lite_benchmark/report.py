@@ -44,14 +44,10 @@ def pictures(group: Group) -> list[Picture]:
 
 def examples(row: Row) -> list[Outcome]:
     """The first right and the first wrong answers of the row's first run."""
-    run = row.runs[0]
-    split = run.test or run.validation
-    assert split is not None
-    return [
-        outcome
-        for correct in (True, False)
-        for outcome in [outcome for outcome in split.outcomes if outcome.correct is correct][:EXAMPLES]
-    ]
+    outcomes = row.runs[0].judged.outcomes
+    right = [outcome for outcome in outcomes if outcome.correct]
+    wrong = [outcome for outcome in outcomes if not outcome.correct]
+    return right[:EXAMPLES] + wrong[:EXAMPLES]
 
 
 def config(run: Result) -> str:

@@ -100,6 +100,13 @@ class Result(Record):
     validation: Split | None
     curve: tuple[Point, ...]
 
+    @property
+    def judged(self) -> Split:
+        """The outcomes on the test problems if it has them, else on the validation problems: a config has one of them."""
+        split = self.test or self.validation
+        assert split is not None
+        return split
+
     def save(self, folder: Path) -> None:
         write_text(folder / FILE, self.model_dump_json(indent=1) + "\n")
 

@@ -90,10 +90,15 @@ class Table:
 
     group: Group
     figures: tuple[Figures, ...]
-    title: str
+    model: str
+    tested: str
     header: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
     footnote: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.tested}"
 
 
 def make_tables(results: Sequence[Result]) -> list[Table]:
@@ -105,8 +110,9 @@ def _table(group: Group) -> Table:
     rows = tuple(figures(row, group) for row in group.rows)
     columns = {column.title: [column.cell(row) for row in rows] for column in COLUMNS}
     shown = {title: cells for title, cells in columns.items() if _is_worth_showing(title, cells)}
-    title = f"{_model(group)}, {_tested(group)}{_trained(group)}"
-    return Table(group, rows, title, tuple(shown), tuple(zip(*shown.values(), strict=True)), _footnote(group))
+    model = Path(group.rows[0].config.model).name
+    cells = tuple(zip(*shown.values(), strict=True))
+    return Table(group, rows, model, _tested(group) + _trained(group), tuple(shown), cells, _footnote(group))
 
 
 def _is_worth_showing(title: str, cells: Sequence[str]) -> bool:
@@ -121,8 +127,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
 def _markdown(table: Table) -> str:
     rule = "|".join("---" if title == "variant" else "---:" for title in table.header)
     header, *lines = ("| " + " | ".join(line) + " |" for line in (table.header, *table.cells))
-    model, _, rest = table.title.partition(", ")
-    return "\n".join((f"**{model}**, {rest}", "", header, f"|{rule}|", *lines, "", table.footnote))
+    return "\n".join((f"**{table.model}**, {table.tested}", "", header, f"|{rule}|", *lines, "", table.footnote))
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -142,10 +147,6 @@ def to_json(tables: Sequence[Table]) -> str:
 
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {"markdown": to_markdown, "csv": to_csv, "json": to_json}
-
-
-def _model(group: Group) -> str:
-    return Path(group.rows[0].config.model).name
 
 
 def _tested(group: Group) -> str:

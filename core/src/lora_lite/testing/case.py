@@ -94,6 +94,10 @@ class Case:
         """The two sites of a model."""
         return {p.spot.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements}
 
+    def site(self, model: nn.Module) -> Site:
+        """The first of them, that of `model.layer`."""
+        return next(iter(self.sites(model).values()))
+
     def _empty(self, device: str) -> Tower:
         with torch.device(device), torch.random.fork_rng(devices=[]):
             return Tower([self._layer() for _ in range(2)], self.d_in, self.d_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_lite.testing.case import Case
 from lora_lite.testing.compare import same
 from lora_lite.testing.promise import promise
+from lora_lite.variant import Observer
 
 ROWS = 64
 FEW, MANY = 8, 40
@@ -48,21 +49,23 @@ def calibration_keeps_no_batch(case: Case) -> None:
 
 
 def _observes(case: Case) -> bool:
-    return case.variant.observe(next(iter(case.sites(case.model()).values()))) is not None
+    return case.variant.observe(case.site(case.model())) is not None
 
 
+@torch.no_grad()
 def _ignored(case: Case, left_out: int, seed: int) -> bool:
     """Whether the statistics of three batches stay the same where one of them, of greater activations, is left out."""
     batches = [case.inputs(ROWS, seed=seed + i) * (3 if i == left_out else 1) for i in range(3)]
-    whole = _statistics(case, batches)
-    rest = _statistics(case, [batch for i, batch in enumerate(batches) if i != left_out])
+    whole = _observed(case, batches).result()
+    rest = _observed(case, [batch for i, batch in enumerate(batches) if i != left_out]).result()
     return whole.keys() == rest.keys() and all(torch.equal(rest[name], value) for name, value in whole.items())
 
 
 @torch.no_grad()
-def _statistics(case: Case, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def _observed(case: Case, batches: Iterable[Tensor]) -> Observer:
+    """The first layer's observer, after these batches."""
     model = case.model()
-    observer = case.variant.observe(next(iter(case.sites(model).values())))
+    observer = case.variant.observe(case.site(model))
     assert observer is not None
     for x in batches:
         y = model.layer(x)
@@ -70,20 +73,12 @@ def _statistics(case: Case, batches: Iterable[Tensor]) -> dict[str, Tensor]:
         observer.update(x, y)
         same(x, given[0], "x after update")
         same(y, given[1], "y after update")
-    return observer.result()
+    return observer
 
 
 def _bytes_after(case: Case, number: int) -> int:
     """Bytes of all tensors that are alive after so many batches, before the result is asked for."""
-    alive = 0
-
-    def batches() -> Iterator[Tensor]:
-        nonlocal alive
-        for seed in range(number):
-            yield case.inputs(ROWS, seed=seed)
-        gc.collect()
-        storages = [o.untyped_storage() for o in gc.get_objects() if type(o) is Tensor and o.device.type == "cpu"]
-        alive = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-    _statistics(case, batches())
-    return alive
+    _observer = _observed(case, (case.inputs(ROWS, seed=seed) for seed in range(number)))
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) is Tensor and o.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

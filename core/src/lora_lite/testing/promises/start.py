@@ -252,7 +252,7 @@ def _path(key: str) -> str:
 
 def _drawn(case: Case) -> set[str]:
     """The tensors for which `init` asks for a generator; none where it needs calibration data."""
-    site = next(iter(case.sites(case.model()).values()))
+    site = case.site(case.model())
     if case.variant.observe(site) is not None:
         return set()
     asked: set[str] = set()

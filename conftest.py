@@ -72,10 +72,24 @@ def tiny_llama() -> Callable[..., nn.Module]:
     def make(**config: Any) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         torch.manual_seed(0)
         model: nn.Module = LlamaForCausalLM(
-            LlamaConfig(**{**sizes, "vocab_size": 32, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, **config})
+            LlamaConfig(
+                **{
+                    **sizes,
+                    "vocab_size": 32,
+                    "pad_token_id": 0,
+                    "eos_token_id": 1,
+                    "bos_token_id": 2,
+                    **config,
+                }
+            )
         )
         return model
 
@@ -91,7 +105,15 @@ def tiny_gpt2() -> Callable[..., nn.Module]:
 
         torch.manual_seed(0)
         model: nn.Module = GPT2LMHeadModel(
-            GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=32, bos_token_id=2, eos_token_id=1)
+            GPT2Config(
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                n_positions=32,
+                vocab_size=32,
+                bos_token_id=2,
+                eos_token_id=1,
+            )
         )
         return model.eval()
 
@@ -109,7 +131,9 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
         after = snapshot(model)
         assert after.keys() == before.keys()
         for key, value in before.items():
-            same = torch.equal(after[key], value) if isinstance(value, Tensor) else after[key] == value
+            same = (
+                torch.equal(after[key], value) if isinstance(value, Tensor) else after[key] == value
+            )
             assert same, f"{key} changed: {value} -> {after[key]}"
 
     return guard
@@ -122,10 +146,24 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         seen[f"{path} attributes"] = sorted(module.__dict__)
         seen[f"{path} class"] = type(module)
         seen[f"{path} training"] = module.training
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs"):
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_forward_hooks_with_kwargs",
+        ):
             seen[f"{path} {hooks}"] = dict(getattr(module, hooks))
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
             seen[f"{path}.{name}"] = tensor.detach().clone()
-            seen[f"{path}.{name} flags"] = (tensor.requires_grad, tensor.dtype, tensor.device, id(tensor), tensor._version)
+            seen[f"{path}.{name} flags"] = (
+                tensor.requires_grad,
+                tensor.dtype,
+                tensor.device,
+                id(tensor),
+                tensor._version,
+            )
     seen["state_dict keys"] = list(model.state_dict())
     return seen

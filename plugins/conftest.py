@@ -53,7 +53,9 @@ def theirs() -> type[Theirs]:
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def equals_peft(request: pytest.FixtureRequest, biased_llama: Callable[..., nn.Module]) -> Callable[..., None]:
+def equals_peft(
+    request: pytest.FixtureRequest, biased_llama: Callable[..., nn.Module]
+) -> Callable[..., None]:
     """Asserts that the same tensors give PEFT's logits and PEFT's gradients, on projections with and without bias: relative to
     the largest logit, and to the largest gradient of tensors of one name.
     """
@@ -73,7 +75,11 @@ def equals_peft(request: pytest.FixtureRequest, biased_llama: Callable[..., nn.M
             ours, base = biased_llama(bias, dtype), biased_llama(bias, dtype)
             plain = ours(input_ids=TOKENS).logits
             adapter = ll.attach(ours, variant, targets=targets, dtype=dtype, **options)
-            theirs = peft.get_peft_model(base, config(list(adapter.sites)), autocast_adapter_dtype=False).to(dtype).eval()
+            theirs = (
+                peft.get_peft_model(base, config(list(adapter.sites)), autocast_adapter_dtype=False)
+                .to(dtype)
+                .eval()
+            )
             pairs = _fill(adapter, theirs, tensors, noise)
             assert len(pairs) == sum(p.requires_grad for p in theirs.parameters())
             logits = []
@@ -84,9 +90,15 @@ def equals_peft(request: pytest.FixtureRequest, biased_llama: Callable[..., nn.M
             assert relative(logits[0], plain) > 1e-2  # the adapter does something
             assert relative(logits[0], logits[1]) <= TOLERANCE[dtype]
             for tensor, where in tensors.items():
-                mine = torch.cat([where.shape(_gradient(p)).flatten() for name, p, _ in pairs if name == tensor])
-                other = torch.cat([_gradient(p).flatten() for name, _, p in pairs if name == tensor])
-                assert relative(mine, other) <= TOLERANCE[dtype], f"gradient of {tensor}, bias={bias}"
+                mine = torch.cat(
+                    [where.shape(_gradient(p)).flatten() for name, p, _ in pairs if name == tensor]
+                )
+                other = torch.cat(
+                    [_gradient(p).flatten() for name, _, p in pairs if name == tensor]
+                )
+                assert relative(mine, other) <= TOLERANCE[dtype], (
+                    f"gradient of {tensor}, bias={bias}"
+                )
 
     return check
 
@@ -124,4 +136,6 @@ def _fill(
 def qwen_down_proj() -> nn.Module:
     """The 24 down_proj of a 0.8B Qwen3.5, without weights."""
     with torch.device("meta"):
-        return nn.ModuleList([nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)])
+        return nn.ModuleList(
+            [nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)]
+        )

@@ -18,7 +18,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)) for _ in range(2)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -57,7 +59,10 @@ def ddp(variant: str, folder: Path, rank: int, world: int) -> None:
     """Each process trains on its rows; all end with the same parameters."""
     model, adapter = prepared(variant)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    for refused in (lambda: ll.attach(wrapped, "lora", r=2, name="late"), lambda: ll.load(wrapped, folder / "single")):
+    for refused in (
+        lambda: ll.attach(wrapped, "lora", r=2, name="late"),
+        lambda: ll.load(wrapped, folder / "single"),
+    ):
         with pytest.raises(ll.AdapterError, match="before it is wrapped"):
             refused()
     assert list(ll.adapters(wrapped)) == ["default"]

@@ -50,14 +50,19 @@ def test_unknown_variant(blocks: Make, untouched: Untouched, variant: str, compl
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"rr": 4}, r"variant 'lora': there is no field 'rr'; did you mean 'r'\? \(its fields are r, alpha, rslora, dropout\)"),
+        (
+            {"rr": 4},
+            r"variant 'lora': there is no field 'rr'; did you mean 'r'\? \(its fields are r, alpha, rslora, dropout\)",
+        ),
         ({"dropuot": 0.1}, r"there is no field 'dropuot'; did you mean 'dropout'"),
         ({"r": 0}, r"variant 'lora': r=0: .*greater than 0"),
         ({"r": 4.0, "alfa": 1.0}, r"r=4\.0.*there is no field 'alfa'; did you mean 'alpha'"),
         ({"target": "up"}, r"there is no field 'target'"),
     ],
 )
-def test_unknown_or_invalid_field(blocks: Make, untouched: Untouched, fields: dict[str, Any], complaint: str) -> None:
+def test_unknown_or_invalid_field(
+    blocks: Make, untouched: Untouched, fields: dict[str, Any], complaint: str
+) -> None:
     """The error names variant, field, value and near field, all complaints in one message."""
     model = blocks()
     for function in (ll.attach, ll.plan):
@@ -73,7 +78,9 @@ def test_unknown_or_invalid_field(blocks: Make, untouched: Untouched, fields: di
         (None, {}, "a variant is a name or an instance"),
     ],
 )
-def test_neither_name_nor_instance(blocks: Make, untouched: Untouched, variant: Any, fields: Any, complaint: str) -> None:
+def test_neither_name_nor_instance(
+    blocks: Make, untouched: Untouched, variant: Any, fields: Any, complaint: str
+) -> None:
     """Fields beside an instance, a class for an instance, or nothing of both: said in words."""
     model = blocks()
     with untouched(model), pytest.raises(ll.FieldError, match=complaint):
@@ -88,23 +95,37 @@ def test_rank_larger_than_the_layer(blocks: Make, untouched: Untouched) -> None:
             function(model, "lora", r=9)
         told = str(caught.value)
         assert "does not fit 4 of 4 sites" in told
-        assert "blocks.0.up (8 -> 12): lora: r: 9 is larger than this layer allows; the largest possible is 8" in told
+        assert (
+            "blocks.0.up (8 -> 12): lora: r: 9 is larger than this layer allows; the largest possible is 8"
+            in told
+        )
         assert "blocks.1.down (12 -> 8)" in told
 
 
 @pytest.mark.parametrize(
     ("targets", "complaint"),
     [
-        (r"upp$", r"targets: 'upp\$' matches no linear layer; did you mean 'up'\?\nThe linear layers to choose from:"),
-        ([r"up$", r"nothing"], r"targets: 'nothing' matches no linear layer\n(?s:.*)up x 2\n  down x 2\n  lm_head x 1"),
+        (
+            r"upp$",
+            r"targets: 'upp\$' matches no linear layer; did you mean 'up'\?\nThe linear layers to choose from:",
+        ),
+        (
+            [r"up$", r"nothing"],
+            r"targets: 'nothing' matches no linear layer\n(?s:.*)up x 2\n  down x 2\n  lm_head x 1",
+        ),
         (r"up$|(", r"targets=.*not a regular expression"),
         ((), r"targets=\(\) chooses no layer"),
         ([3], r"targets=\[3\]: not a regular expression"),
-        (r"lm_head", r"exclude \(by default the output head\) takes away all.*exclude=\(\).*:\n  lm_head"),
+        (
+            r"lm_head",
+            r"exclude \(by default the output head\) takes away all.*exclude=\(\).*:\n  lm_head",
+        ),
         ([r"up$", r"lm_head"], r"takes away all that a pattern of targets= matches.*:\n  lm_head"),
     ],
 )
-def test_pattern_without_match(blocks: Make, untouched: Untouched, targets: Any, complaint: str) -> None:
+def test_pattern_without_match(
+    blocks: Make, untouched: Untouched, targets: Any, complaint: str
+) -> None:
     """A pattern that chooses nothing is an error, also beside one that does; near names and the model's layers are shown."""
     model = blocks()
     for function in (ll.attach, ll.plan):
@@ -124,7 +145,9 @@ def test_pattern_without_match(blocks: Make, untouched: Untouched, targets: Any,
         ({"overrides": {"(": {"r": 2}}}, r"overrides='\(': not a regular expression"),
     ],
 )
-def test_bad_choice_of_layers(blocks: Make, untouched: Untouched, arguments: dict[str, Any], complaint: str) -> None:
+def test_bad_choice_of_layers(
+    blocks: Make, untouched: Untouched, arguments: dict[str, Any], complaint: str
+) -> None:
     """Indices out of range, exclusions and overrides that match nothing: each says what there is."""
     model = blocks()
     with untouched(model), pytest.raises(ll.TargetError, match=complaint):
@@ -142,7 +165,10 @@ def test_bad_override_field(blocks: Make, untouched: Untouched) -> None:
 def test_bad_adapter_name(blocks: Make, untouched: Untouched, name: str) -> None:
     """An adapter's name becomes part of attribute names: what cannot is refused."""
     model = blocks()
-    with untouched(model), pytest.raises(ll.AdapterError, match=rf"name={re.escape(repr(name))}: .*letters"):
+    with (
+        untouched(model),
+        pytest.raises(ll.AdapterError, match=rf"name={re.escape(repr(name))}: .*letters"),
+    ):
         ll.attach(model, "lora", r=2, name=name)
 
 
@@ -150,12 +176,18 @@ def test_name_in_use(blocks: Make, untouched: Untouched, tmp_path: Path) -> None
     """A second adapter of the same name is refused, by attach and load, and the first goes on working."""
     model = blocks()
     ll.attach(model, "lora", r=2, name="a").save(tmp_path / "a.safetensors")
-    with untouched(model), pytest.raises(ll.AdapterError, match=r"'a' is attached already.*in use: a\)"):
+    with (
+        untouched(model),
+        pytest.raises(ll.AdapterError, match=r"'a' is attached already.*in use: a\)"),
+    ):
         ll.attach(model, "lora", r=2, name="a")
     with untouched(model), pytest.raises(ll.AdapterError, match=r"'a' is attached already"):
         ll.load(model, tmp_path / "a.safetensors", name="a")
     model.blocks[0].up.lora_b_A = 3  # something of the user's own
-    with untouched(model), pytest.raises(ll.AdapterError, match=r"blocks\.0\.up has an attribute 'lora_b_A' already"):
+    with (
+        untouched(model),
+        pytest.raises(ll.AdapterError, match=r"blocks\.0\.up has an attribute 'lora_b_A' already"),
+    ):
         ll.attach(model, "lora", r=2, name="b")
 
 
@@ -166,7 +198,8 @@ def test_models_that_cannot_carry_an_adapter(blocks: Make, untouched: Untouched)
     with pytest.raises(ll.TargetError, match="ReLU has no linear layer"):
         ll.attach(nn.ReLU(), "lora")
     with pytest.raises(
-        ll.TargetError, match=r"no repeated blocks .*give targets=\. The linear layers to choose from:\n  0 x 1"
+        ll.TargetError,
+        match=r"no repeated blocks .*give targets=\. The linear layers to choose from:\n  0 x 1",
     ):
         ll.attach(nn.Sequential(nn.Linear(3, 3)), "lora")
     with torch.device("meta"):
@@ -175,7 +208,10 @@ def test_models_that_cannot_carry_an_adapter(blocks: Make, untouched: Untouched)
         ll.attach(empty, "lora", r=2)
     assert not any("lora" in key for key in empty.state_dict())
     model = blocks()
-    with untouched(model), pytest.raises(ll.AdapterError, match=r"dtype=torch\.int8: .* floating-point"):
+    with (
+        untouched(model),
+        pytest.raises(ll.AdapterError, match=r"dtype=torch\.int8: .* floating-point"),
+    ):
         ll.attach(model, "lora", r=2, dtype=torch.int8)
 
 
@@ -185,21 +221,39 @@ def test_models_that_cannot_carry_an_adapter(blocks: Make, untouched: Untouched)
 @pytest.mark.parametrize(
     ("fields", "calibration", "complaint"),
     [
-        ({}, [torch.randn(4, 8)], r"antipasto needs no calibration data with these fields; leave calibration= out"),
+        (
+            {},
+            [torch.randn(4, 8)],
+            r"antipasto needs no calibration data with these fields; leave calibration= out",
+        ),
         ({"select": "activation"}, None, r"needs calibration data: give calibration="),
         ({"select": "activation"}, [], r"calibration= is empty"),
-        ({"select": "activation"}, [torch.randn(9, 8), torch.randn(9, 5)], r"rejects calibration batch 1 \(float32\[9, 5\]\)"),
-        ({"select": "activation"}, [{"y": torch.randn(2, 3)}], r"batch 0 \(y: float32\[2, 3\]\): TypeError: .*'y'"),
+        (
+            {"select": "activation"},
+            [torch.randn(9, 8), torch.randn(9, 5)],
+            r"rejects calibration batch 1 \(float32\[9, 5\]\)",
+        ),
+        (
+            {"select": "activation"},
+            [{"y": torch.randn(2, 3)}],
+            r"batch 0 \(y: float32\[2, 3\]\): TypeError: .*'y'",
+        ),
         (
             {"select": "activation"},
             {"x": torch.randn(9, 8)},
             r"expected an iterable of model inputs.*; of one batch, \[batch\]",
         ),
-        ({"select": "activation"}, torch.randn(9, 8), r"expected an iterable of model inputs.*; of one batch, \[batch\]"),
+        (
+            {"select": "activation"},
+            torch.randn(9, 8),
+            r"expected an iterable of model inputs.*; of one batch, \[batch\]",
+        ),
         ({"select": "activation"}, 3, r"calibration= is int: expected an iterable of model inputs"),
     ],
 )
-def test_bad_calibration(blocks: Make, untouched: Untouched, fields: Any, calibration: Any, complaint: str) -> None:
+def test_bad_calibration(
+    blocks: Make, untouched: Untouched, fields: Any, calibration: Any, complaint: str
+) -> None:
     """Missing, superfluous, empty, rejected by the model, or one batch where several are asked for."""
     model = blocks()
     with untouched(model), pytest.raises(ll.CalibrationError, match=complaint):
@@ -219,7 +273,10 @@ def test_site_never_called_in_calibration(untouched: Untouched) -> None:
             return out
 
     model = Skipping()
-    with untouched(model), pytest.raises(ll.CalibrationError, match=r"never called during calibration:\n  layers\.1"):
+    with (
+        untouched(model),
+        pytest.raises(ll.CalibrationError, match=r"never called during calibration:\n  layers\.1"),
+    ):
         ll.attach(model, AntiPaSTO(r=4, select="activation"), calibration=[torch.randn(9, 8)])
 
 
@@ -243,7 +300,9 @@ class Failing(ll.Variant, name="failing"):
         self._fail(site, "derive")
         return {}
 
-    def init(self, site: ll.Site, derived: ll.Tensors, statistics: ll.Tensors, rng: ll.Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: ll.Site, derived: ll.Tensors, statistics: ll.Tensors, rng: ll.Rng
+    ) -> dict[str, Tensor]:
         self._fail(site, "init")
         values = {"A": torch.zeros(site.d_out)}
         if site.d_in != 12:
@@ -278,12 +337,17 @@ def test_exception_in_a_variant(blocks: Make, untouched: Untouched, stage: str) 
         ("nan", r"A: has values that are not finite"),
     ],
 )
-def test_variant_that_breaks_its_word(blocks: Make, untouched: Untouched, stage: str, complaint: str) -> None:
+def test_variant_that_breaks_its_word(
+    blocks: Make, untouched: Untouched, stage: str, complaint: str
+) -> None:
     """Start values other than declared are named with the variant, the layer and what was declared."""
     model = blocks()
     with (
         untouched(model),
-        pytest.raises(ll.VariantContractError, match=rf"'failing' at blocks\.0\.down does not give.*\n  {complaint}"),
+        pytest.raises(
+            ll.VariantContractError,
+            match=rf"'failing' at blocks\.0\.down does not give.*\n  {complaint}",
+        ),
     ):
         ll.attach(model, Failing(stage=stage))
 
@@ -402,14 +466,22 @@ def _damaged(_: Any, h: dict[str, Any]) -> None:
 
 
 FILES = [
-    (_nan, ll.AdapterFileError, r"1 tensors do not fit.*\n  blocks\.1\.up\.A: has values that are not finite"),
+    (
+        _nan,
+        ll.AdapterFileError,
+        r"1 tensors do not fit.*\n  blocks\.1\.up\.A: has values that are not finite",
+    ),
     (_inf, ll.AdapterFileError, r"blocks\.1\.up\.B: has values that are not finite"),
     (_missing, ll.AdapterFileError, r"blocks\.0\.down\.B: missing, expected \[8, 2\]"),
     (_extra, ll.AdapterFileError, r"blocks\.0\.down\.C: extra"),
     (_extra_site, ll.AdapterFileError, r"elsewhere\.A: extra \(no such site\)"),
     (_reshaped, ll.AdapterFileError, r"blocks\.0\.up\.A: shape \[8, 2\], expected \[2, 8\]"),
     (_renamed, ll.AdapterFileError, r"(?s)blocks\.0\.up\.A: missing.*blocks\.0\.up\.a: extra"),
-    (_retyped, ll.AdapterFileError, r"blocks\.0\.up\.A: dtype torch\.float16, expected as saved: A float32"),
+    (
+        _retyped,
+        ll.AdapterFileError,
+        r"blocks\.0\.up\.A: dtype torch\.float16, expected as saved: A float32",
+    ),
     (_integers, ll.AdapterFileError, r"blocks\.0\.up\.A: dtype torch\.int64"),
     (
         _newer,
@@ -420,15 +492,26 @@ FILES = [
     (_not_installed, ll.UnknownVariantError, r"there is no variant 'dreamt_up'"),
     (_bad_field, ll.AdapterFileError, r"variant 'lora' refuses"),
     (_rank_too_large, ll.MisfitError, r"200 is larger than this layer allows"),
-    (_no_such_site, ll.AdapterFileError, r"1 of which Blocks does not have.*\n  blocks\.0\.upp; did you mean 'blocks\.0\.up'"),
+    (
+        _no_such_site,
+        ll.AdapterFileError,
+        r"1 of which Blocks does not have.*\n  blocks\.0\.upp; did you mean 'blocks\.0\.up'",
+    ),
     (_no_site, ll.AdapterFileError, r"damaged metadata: (?s:.*)sites(?s:.*)at least 1 item"),
     (_damaged, ll.AdapterFileError, r"damaged metadata"),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "complaint"), FILES, ids=[case[0].__name__.strip("_") for case in FILES])
+@pytest.mark.parametrize(
+    ("change", "error", "complaint"), FILES, ids=[case[0].__name__.strip("_") for case in FILES]
+)
 def test_file_that_does_not_fit(
-    file: Path, blocks: Make, untouched: Untouched, change: Any, error: type[Exception], complaint: str
+    file: Path,
+    blocks: Make,
+    untouched: Untouched,
+    change: Any,
+    error: type[Exception],
+    complaint: str,
 ) -> None:
     """Whatever is wrong with a file is named, and nothing is attached."""
     rewrite(file, change)
@@ -481,14 +564,23 @@ def test_truncated_file(cut: float, tmp_path_factory: pytest.TempPathFactory) ->
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_any_change_of_the_metadata_is_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_change_of_the_metadata_is_harmless(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Whatever stands in the metadata: the file loads, or an error of lora-lite says why not and nothing is attached."""
     folder = tmp_path_factory.mktemp("damaged")
     model = nn.Sequential(nn.Linear(6, 4))
     adapter = ll.attach(model, AntiPaSTO(r=4), targets="0")
     adapter.save(folder / "a", derived=data.draw(st.booleans()))
     adapter.detach()
-    junk = st.one_of(st.none(), st.integers(-3, 99), st.text(max_size=4), st.just([]), st.just({}), st.just({"0": "?"}))
+    junk = st.one_of(
+        st.none(),
+        st.integers(-3, 99),
+        st.text(max_size=4),
+        st.just([]),
+        st.just({}),
+        st.just({"0": "?"}),
+    )
 
     def change(_: Any, header: dict[str, Any]) -> None:
         key = data.draw(st.sampled_from(sorted(header)))
@@ -507,13 +599,18 @@ def test_any_change_of_the_metadata_is_harmless(data: st.DataObject, tmp_path_fa
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04K\x01.", b"\x00" * 100])
-def test_something_else_than_an_adapter(blocks: Make, untouched: Untouched, tmp_path: Path, content: bytes) -> None:
+def test_something_else_than_an_adapter(
+    blocks: Make, untouched: Untouched, tmp_path: Path, content: bytes
+) -> None:
     """Text, a pickle, zeros, a missing file, a directory, the weights of a model: not an adapter, and nothing is executed."""
     (tmp_path / "file").write_bytes(content)
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
     model = blocks()
     for name in ("file", "no_such_file", "."):
-        with untouched(model), pytest.raises(ll.AdapterFileError, match="cannot be read as safetensors"):
+        with (
+            untouched(model),
+            pytest.raises(ll.AdapterFileError, match="cannot be read as safetensors"),
+        ):
             ll.load(model, tmp_path / name)
     with untouched(model), pytest.raises(ll.AdapterFileError, match="not an adapter of lora-lite"):
         ll.load(model, tmp_path / "weights")
@@ -527,7 +624,10 @@ def test_another_base(blocks: Make, untouched: Untouched, tmp_path: Path) -> Non
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.1)
-    with untouched(other), pytest.raises(ll.BaseMismatchError, match=r"4 of 4 sites differ.*\n  blocks\.0\.up"):
+    with (
+        untouched(other),
+        pytest.raises(ll.BaseMismatchError, match=r"4 of 4 sites differ.*\n  blocks\.0\.up"),
+    ):
         ll.load(other, tmp_path / "antipasto")
     with pytest.warns(UserWarning, match=r"base with other weights: 4 of 4 sites"):
         ll.load(other, tmp_path / "lora").detach()
@@ -547,13 +647,17 @@ def test_wrong_variant_class(file: Path, blocks: Make, untouched: Untouched) -> 
     """load(variant=) with a class of another name says so."""
     with (
         untouched(model := blocks()),
-        pytest.raises(ll.AdapterFileError, match=r"holds a 'lora' adapter.*AntiPaSTO is 'antipasto'"),
+        pytest.raises(
+            ll.AdapterFileError, match=r"holds a 'lora' adapter.*AntiPaSTO is 'antipasto'"
+        ),
     ):
         ll.load(model, file, variant=AntiPaSTO)
 
 
 @pytest.mark.parametrize("where", ["missing/adapter", "directory", "file/adapter", "", "x" * 300])
-def test_path_that_cannot_be_written(blocks: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_path_that_cannot_be_written(
+    blocks: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     """A missing directory, a directory or a file in the way, no name, too long a name: an error, and nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
@@ -568,7 +672,9 @@ def test_path_that_cannot_be_written(blocks: Make, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
-def test_existing_file_survives_a_failed_write(file: Path, blocks: Make, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_existing_file_survives_a_failed_write(
+    file: Path, blocks: Make, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     """A write that fails half-way (a full disk, say) leaves the old file, and no temporary one."""
     before = file.read_bytes()
     adapter = ll.attach(blocks(), "lora", r=4)
@@ -592,12 +698,21 @@ def test_nothing_to_save_or_detach(blocks: Make, untouched: Untouched, tmp_path:
                 function(model)
     one = ll.attach(model, "lora", r=2, name="one")
     ll.attach(model, "lora", r=2, name="two")
-    with pytest.raises(ll.AdapterError, match=r"no single adapter to choose; give the name= of one that it has \(one, two\)"):
+    with pytest.raises(
+        ll.AdapterError,
+        match=r"no single adapter to choose; give the name= of one that it has \(one, two\)",
+    ):
         ll.detach(model)
     with pytest.raises(ll.AdapterError, match=r"no adapter named 'three'; .*\(one, two\)"):
         ll.detach(model, "three")
     one.detach()
-    for use in (one.detach, one.state_dict, one.penalty, lambda: setattr(one, "scale", 2), lambda: one.save(tmp_path / "a")):
+    for use in (
+        one.detach,
+        one.state_dict,
+        one.penalty,
+        lambda: setattr(one, "scale", 2),
+        lambda: one.save(tmp_path / "a"),
+    ):
         with pytest.raises(ll.AdapterError, match=r"'one' .* is detached"):
             use()
     assert "detached" in repr(one)

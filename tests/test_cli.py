@@ -27,15 +27,34 @@ def test_variants(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["variants"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(ll.variants())
-    assert any(line.startswith("lora ") and "lora-lite-lora" in line and "lora_lite_lora:LoRA" in line for line in lines)
+    assert any(
+        line.startswith("lora ") and "lora-lite-lora" in line and "lora_lite_lora:LoRA" in line
+        for line in lines
+    )
 
 
-def test_plan_needs_the_configuration_alone(folder: Path, tiny_llama: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_needs_the_configuration_alone(
+    folder: Path, tiny_llama: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Prints what plan() says of the model, with the same choice of layers and fields."""
-    options = ["--targets", "q_proj", "--targets", "down_proj", "--exclude", r"1\.self", "--layers", "0", "1"]
-    assert main(["plan", str(folder), "lora", *options, "--set", "r=3", "--set", "rslora=true"]) == 0
+    options = [
+        "--targets",
+        "q_proj",
+        "--targets",
+        "down_proj",
+        "--exclude",
+        r"1\.self",
+        "--layers",
+        "0",
+        "1",
+    ]
+    assert (
+        main(["plan", str(folder), "lora", *options, "--set", "r=3", "--set", "rslora=true"]) == 0
+    )
     out = capsys.readouterr().out
-    expected = ll.plan(tiny_llama(), "lora", targets=["q_proj", "down_proj"], exclude=r"1\.self", r=3, rslora=True)
+    expected = ll.plan(
+        tiny_llama(), "lora", targets=["q_proj", "down_proj"], exclude=r"1\.self", r=3, rslora=True
+    )
     assert out == f"{expected}\n"
     assert len(expected.placements) == 3
 
@@ -101,6 +120,11 @@ def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_installed_command() -> None:
     """`lora-lite` is on the path beside Python, and its help names the commands."""
-    done = subprocess.run([Path(sys.executable).parent / "lora-lite", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lora-lite", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for command in ("variants", "plan", "inspect"):
         assert command in done.stdout

@@ -14,7 +14,9 @@ FIELDS = {
 for _name in ll.variants():
     _class = f"Test_{_name}"
     globals()[_class] = type(
-        _class, (VariantTests,), {"variant": _name, "fields": FIELDS.get(_name, {}), "__module__": __name__}
+        _class,
+        (VariantTests,),
+        {"variant": _name, "fields": FIELDS.get(_name, {}), "__module__": __name__},
     )
 
 

@@ -35,9 +35,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for variant in ("lora", "antipasto"):
             (folder / f"{mode}-{variant}").mkdir()
             here.prepared(variant)[1].save(folder / f"{mode}-{variant}" / "single")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(WORKER),
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -66,4 +76,6 @@ def test_two_processes_train_as_one(runs: Path, mode: str, variant: str) -> None
         assert loaded.keys() == expected.keys()
         for name in trained:
             assert torch.equal(loaded[name], states[0][name]), name
-        torch.testing.assert_close(fresh(here.data()[0]), model(here.data()[0]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            fresh(here.data()[0]), model(here.data()[0]), rtol=1e-3, atol=1e-4
+        )

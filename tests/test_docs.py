@@ -17,8 +17,16 @@ from lora_lite_benchmark.table import COLUMNS
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/decisions/*.md"))]
-READMES = [ROOT / "core/README.md", ROOT / "benchmark/README.md", *sorted(ROOT.glob("plugins/*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/decisions/*.md")),
+]
+READMES = [
+    ROOT / "core/README.md",
+    ROOT / "benchmark/README.md",
+    *sorted(ROOT.glob("plugins/*/README.md")),
+]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -36,32 +44,57 @@ def run(page: Path, names: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=name_of)
-def test_every_example_of_the_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_of_the_pages_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A page's examples run from top to bottom, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     run(page, {"__name__": "example"})
 
 
 @pytest.mark.parametrize("page", [page for page in READMES if examples(page)], ids=name_of)
-def test_every_example_of_the_readmes_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama) -> None:
+def test_every_example_of_the_readmes_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama
+) -> None:
     """A package's README speaks of `model`, the reader's own, and of `batches` of its inputs; here both are small."""
     monkeypatch.chdir(tmp_path)
     model: nn.Module = tiny_llama(hidden_size=64, intermediate_size=128)
     tokens = torch.randint(32, (4, 16))
-    run(page, {"__name__": "example", "ll": ll, "torch": torch, "model": model, "batches": [{"input_ids": tokens}] * 8})
+    run(
+        page,
+        {
+            "__name__": "example",
+            "ll": ll,
+            "torch": torch,
+            "model": model,
+            "batches": [{"input_ids": tokens}] * 8,
+        },
+    )
 
 
 def test_the_api_page_has_every_public_name_and_no_other() -> None:
-    documented = re.findall(r"^::: lora_lite\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^::: lora_lite\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE
+    )
     assert sorted(documented) == sorted(ll.__all__)
 
 
 def test_the_contract_page_has_every_member_of_the_contract() -> None:
     page = (ROOT / "docs/contract.md").read_text()
-    own = [name for name in vars(ll.Variant) if not name.startswith(("_", "model_")) and name != "lora_lite_variant"]
+    own = [
+        name
+        for name in vars(ll.Variant)
+        if not name.startswith(("_", "model_")) and name != "lora_lite_variant"
+    ]
     specs = list(inspect.signature(ll.TensorSpec).parameters)
-    site = [name for name in vars(ll.Site) if not name.startswith("_") and name != "weight_was_read"]
-    kind = [name for name in vars(ll.LayerKind) if not name.startswith("_") and name != "lora_lite_layer_kind"]
+    site = [
+        name for name in vars(ll.Site) if not name.startswith("_") and name != "weight_was_read"
+    ]
+    kind = [
+        name
+        for name in vars(ll.LayerKind)
+        if not name.startswith("_") and name != "lora_lite_layer_kind"
+    ]
     missing = [name for name in own + specs + site + kind if not re.search(rf"`{name}[(`]", page)]
     assert not missing
 
@@ -72,7 +105,11 @@ def test_the_contract_page_gives_every_method_its_arguments() -> None:
         function = member.__func__ if isinstance(member, classmethod) else member
         if name.startswith("_") or name == "lora_lite_variant" or not inspect.isfunction(function):
             continue
-        arguments = [argument for argument in inspect.signature(function).parameters if argument not in ("self", "cls")]
+        arguments = [
+            argument
+            for argument in inspect.signature(function).parameters
+            if argument not in ("self", "cls")
+        ]
         assert f"`{name}({', '.join(arguments)})`" in page
 
 
@@ -90,7 +127,10 @@ def test_every_variant_has_its_page_with_every_field_and_default(name: str) -> N
             f"{name}: {field} has default {default}, the page says {row.group()}"
         )
     assert "arXiv:" in page
-    assert f'--8<-- "plugins/{package}/README.md"' in (ROOT / "docs/variants" / f"{package}.md").read_text()
+    assert (
+        f'--8<-- "plugins/{package}/README.md"'
+        in (ROOT / "docs/variants" / f"{package}.md").read_text()
+    )
 
 
 def test_every_command_is_documented() -> None:
@@ -104,16 +144,29 @@ def test_every_command_and_figure_of_the_benchmark_is_documented() -> None:
     page = (ROOT / "benchmark/README.md").read_text()
     commands = benchmark_cli._parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert not [command for command in commands if f"lora-lite-bench {command}" not in page]
-    names = {name.removesuffix("_low").removesuffix("_high") for column in COLUMNS for name in column.names}
+    names = {
+        name.removesuffix("_low").removesuffix("_high")
+        for column in COLUMNS
+        for name in column.names
+    }
     names |= set(Measurements.model_fields)
     assert not [name for name in names if f"`{name}`" not in page]
 
 
 def test_every_variant_is_in_the_readme() -> None:
-    table = (ROOT / "README.md").read_text().split("<!-- variants -->")[1].split("<!-- /variants -->")[0]
+    table = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("<!-- variants -->")[1]
+        .split("<!-- /variants -->")[0]
+    )
     assert sorted(re.findall(r"^\| \[`(\w+)`\]", table, re.MULTILINE)) == sorted(ll.variants())
 
 
 def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
-    assert not [page for page in (ROOT / "docs").rglob("*.md") if str(page.relative_to(ROOT / "docs")) not in menu]
+    assert not [
+        page
+        for page in (ROOT / "docs").rglob("*.md")
+        if str(page.relative_to(ROOT / "docs")) not in menu
+    ]

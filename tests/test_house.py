@@ -19,7 +19,9 @@ def lines_of_code(source: str) -> int:
     """Lines that are not blank, not comment, not docstring."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        if isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        ) and ast.get_docstring(node):
             documented |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -38,8 +40,16 @@ def test_lines_of_code_counts_code() -> None:
 def test_the_core_is_small() -> None:
     """The core without its conformance suite is at most 1,500 lines of code."""
     root = Path(lora_lite.__file__).parent
-    counts = {p.name: lines_of_code(p.read_text()) for p in sorted(root.rglob("*.py")) if "testing" not in p.parts}
-    print(*(f"{count:5} {name}" for name, count in counts.items()), f"{sum(counts.values()):5} in all", sep="\n")
+    counts = {
+        p.name: lines_of_code(p.read_text())
+        for p in sorted(root.rglob("*.py"))
+        if "testing" not in p.parts
+    }
+    print(
+        *(f"{count:5} {name}" for name, count in counts.items()),
+        f"{sum(counts.values()):5} in all",
+        sep="\n",
+    )
     assert "adapter.py" in counts
     assert sum(counts.values()) <= 1500
 
@@ -75,4 +85,6 @@ def test_the_core_names_no_plugin() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert not name.startswith(("lora_lite_", "transformers", "peft", "datasets", "accelerate")), f"{path}: {name}"
+                assert not name.startswith(
+                    ("lora_lite_", "transformers", "peft", "datasets", "accelerate")
+                ), f"{path}: {name}"

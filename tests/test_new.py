@@ -41,7 +41,9 @@ def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
     """This interpreter, with an installed folder on its path."""
     extra = {"PYTHONPATH": str(path)} if path else {}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -51,12 +53,16 @@ def install_and_test(package: Path) -> Path:
     installed = package.parent / "installed"
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", installed]
     python("-m", "pip", "install", *options, package, cwd=package)
-    tests = python("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=package, path=installed)
+    tests = python(
+        "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=package, path=installed
+    )
     assert re.search(rf"^=+ {len(PROMISES) + 1} passed in .+ =+$", tests, re.MULTILINE), tests
     return installed
 
 
-def test_the_package_installs_keeps_every_promise_and_attaches_by_name(write: Write, tmp_path: Path) -> None:
+def test_the_package_installs_keeps_every_promise_and_attaches_by_name(
+    write: Write, tmp_path: Path
+) -> None:
     """A new method's first minutes: write the package, install it, run its tests, attach it."""
     installed = install_and_test(write("my-method"))
     told = python("-c", LAST_LINE, cwd=tmp_path, path=installed)
@@ -77,7 +83,9 @@ def test_the_package_is_formatted_linted_and_typed(write: Write) -> None:
     """What is written passes the project's own linter, formatter and strict type checker."""
     package = write("my-method")
     python("-m", "ruff", "check", "--isolated", ".", cwd=package)
-    python("-m", "ruff", "format", "--isolated", "--line-length", "128", "--check", ".", cwd=package)
+    python(
+        "-m", "ruff", "format", "--isolated", "--line-length", "128", "--check", ".", cwd=package
+    )
     settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
     python("-m", "mypy", *settings, "src", cwd=package)
 
@@ -87,11 +95,28 @@ def test_names_are_exchanged(write: Write, name: str) -> None:
     """One name, three spellings: of the distribution, of the variant and of the class; nothing of the template's is left."""
     package = write(name)
     assert package.name == "lora-lite-low-rank"
-    files = {str(file.relative_to(package)): file.read_text() for file in package.rglob("*") if file.is_file()}
-    assert not [path for path, text in files.items() if "method" in path or "my" in text.split() or "my_method" in text]
-    assert 'class LowRank(ll.Variant, name="low_rank")' in files["src/lora_lite_low_rank/low_rank.py"]
+    files = {
+        str(file.relative_to(package)): file.read_text()
+        for file in package.rglob("*")
+        if file.is_file()
+    }
+    assert not [
+        path
+        for path, text in files.items()
+        if "method" in path or "my" in text.split() or "my_method" in text
+    ]
+    assert (
+        'class LowRank(ll.Variant, name="low_rank")' in files["src/lora_lite_low_rank/low_rank.py"]
+    )
     assert 'low_rank = "lora_lite_low_rank:LowRank"' in files["pyproject.toml"]
-    expected = {"README.md", "CHANGELOG.md", "LICENSE", ".github/workflows/ci.yml", "tests/test_low_rank.py", ".gitignore"}
+    expected = {
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        ".github/workflows/ci.yml",
+        "tests/test_low_rank.py",
+        ".gitignore",
+    }
     assert expected < files.keys()
 
 
@@ -111,7 +136,11 @@ def test_names_are_exchanged(write: Write, name: str) -> None:
     ],
 )
 def test_names_that_cannot_be(
-    name: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """No folder is begun for a name that is no name, or is taken."""
     monkeypatch.chdir(tmp_path)
@@ -120,7 +149,9 @@ def test_names_that_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_is_left_alone(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_there_is_left_alone(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second call does not write over somebody's work."""
     package = write("my-method")
     (package / "README.md").write_text("my work")

@@ -54,14 +54,25 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     registered = {name for name, _ in plugins._manager.list_name_plugin()}
     modules = set(sys.modules)
 
-    def make(distribution: str, module: str, code: str, entry_points: dict[str, dict[str, str]], requires: str = "") -> None:
+    def make(
+        distribution: str,
+        module: str,
+        code: str,
+        entry_points: dict[str, dict[str, str]],
+        requires: str = "",
+    ) -> None:
         folder = tmp_path / distribution
         info = folder / f"{distribution.replace('-', '_')}-1.5.dist-info"
         info.mkdir(parents=True)
         (folder / f"{module}.py").write_text(code)
         needs = f"Requires-Dist: {requires}\n" if requires else ""
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n{needs}")
-        lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in entry_points.items()]
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n{needs}"
+        )
+        lines = [
+            f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items())
+            for group, points in entry_points.items()
+        ]
         (info / "entry_points.txt").write_text("".join(lines))
         monkeypatch.syspath_prepend(str(folder))
         plugins._points_once.cache_clear()
@@ -93,7 +104,9 @@ def the_others_work() -> None:
     assert {"lora", "antipasto"} <= ll.variants().keys()
 
 
-def test_variants_lists_what_is_installed_without_importing_it(install: Callable[..., None]) -> None:
+def test_variants_lists_what_is_installed_without_importing_it(
+    install: Callable[..., None],
+) -> None:
     """Name, distribution, version and target come from metadata: a plugin that cannot even be imported is listed too."""
     install("lora-lite-stranger", "stranger", "raise SystemError", variants(shift="stranger:Shift"))
     found = ll.variants()
@@ -110,7 +123,9 @@ def test_a_strangers_plugin(install: Callable[..., None], tmp_path: Path) -> Non
     adapter.save(tmp_path / "a")
     assert ll.fileformat.read(tmp_path / "a")[0].provider == "lora-lite-stranger 1.5"  # type: ignore[attr-defined]
     assert ll.load(model(), tmp_path / "a").variant == adapter.variant
-    with pytest.raises(ll.UnknownVariantError, match="there is no variant 'shfit'; did you mean 'shift'"):
+    with pytest.raises(
+        ll.UnknownVariantError, match="there is no variant 'shfit'; did you mean 'shift'"
+    ):
         ll.attach(model(), "shfit")
 
 
@@ -124,7 +139,8 @@ def test_broken_on_import(install: Callable[..., None]) -> None:
         requires="lora-lite-core<9,>=0.1",
     )
     with pytest.raises(
-        ll.PluginError, match=r"'shift' of lora-lite-stranger 1\.5 \(stranger:Shift\) is installed but"
+        ll.PluginError,
+        match=r"'shift' of lora-lite-stranger 1\.5 \(stranger:Shift\) is installed but",
     ) as caught:
         ll.attach(model(), "shift")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
@@ -157,20 +173,29 @@ def test_provided_twice(install: Callable[..., None]) -> None:
     install("lora-lite-stranger", "stranger", GOOD, variants(shift="stranger:Shift"))
     install("lora-lite-stranger-two", "stranger_two", GOOD, variants(shift="stranger_two:Shift"))
     with pytest.raises(
-        ll.PluginError, match=r"'shift' is provided twice, by (?=.*lora-lite-stranger 1\.5)(?=.*stranger-two 1\.5)"
+        ll.PluginError,
+        match=r"'shift' is provided twice, by (?=.*lora-lite-stranger 1\.5)(?=.*stranger-two 1\.5)",
     ):
         ll.attach(model(), "shift")
-    assert set(ll.variants()["shift"].distribution.split(" / ")) == {"lora-lite-stranger", "lora-lite-stranger-two"}
+    assert set(ll.variants()["shift"].distribution.split(" / ")) == {
+        "lora-lite-stranger",
+        "lora-lite-stranger-two",
+    }
     the_others_work()
 
 
 def test_not_installed_gives_the_exact_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a variant of ours that is missing, the error is the pip command that installs it."""
     found = plugins._entry_points
-    monkeypatch.setattr(plugins, "_entry_points", lambda group: {k: v for k, v in found(group).items() if k != "ia3_ff"})
+    monkeypatch.setattr(
+        plugins,
+        "_entry_points",
+        lambda group: {k: v for k, v in found(group).items() if k != "ia3_ff"},
+    )
     monkeypatch.setattr(plugins._manager.hook, "lora_lite_variant", lambda **_: None)
     with pytest.raises(
-        ll.UnknownVariantError, match=r"'ia3_ff' is not installed \(installed: .*\); pip install lora-lite-ia3$"
+        ll.UnknownVariantError,
+        match=r"'ia3_ff' is not installed \(installed: .*\); pip install lora-lite-ia3$",
     ):
         ll.attach(model(), "ia3_ff")
 
@@ -179,7 +204,12 @@ def test_layer_kind_of_a_stranger(install: Callable[..., None]) -> None:
     """A kind from the entry point named after the layers' package is loaded when a model holds such a layer; enter and exit
     are called once, with the first and the last adapter.
     """
-    install("lora-lite-stranger", "stranger", KIND, {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}})
+    install(
+        "lora-lite-stranger",
+        "stranger",
+        KIND,
+        {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}},
+    )
     ll.plan(model(), "lora", r=2)
     assert "stranger" not in sys.modules
     import stranger  # type: ignore[import-not-found]
@@ -202,9 +232,16 @@ def test_layer_kind_of_a_stranger(install: Callable[..., None]) -> None:
     torch.testing.assert_close(rotated.state_dict()["0.turned.U"], u)
 
 
-def test_a_layer_that_joins_later_is_entered_with_the_next_adapter(install: Callable[..., None]) -> None:
+def test_a_layer_that_joins_later_is_entered_with_the_next_adapter(
+    install: Callable[..., None],
+) -> None:
     """No layer of an adapted model is left in the state from which its kind's `enter` keeps it."""
-    install("lora-lite-stranger", "stranger", KIND, {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}})
+    install(
+        "lora-lite-stranger",
+        "stranger",
+        KIND,
+        {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}},
+    )
     import stranger
 
     odd = nn.ModuleList([stranger.Turned(6, 4)])
@@ -217,11 +254,20 @@ def test_a_layer_that_joins_later_is_entered_with_the_next_adapter(install: Call
     assert [layer.entered for layer in odd] == [0, 0]
 
 
-def test_an_enter_that_raises(install: Callable[..., None], untouched: Callable[..., AbstractContextManager[None]]) -> None:
+def test_an_enter_that_raises(
+    install: Callable[..., None], untouched: Callable[..., AbstractContextManager[None]]
+) -> None:
     """A kind that fails on entering its second layer leaves the model as it was: the first is exited again."""
-    code = KIND.replace('module.entered = getattr(module, "entered", 0) + 1', "1 / (module.in_features - 5)")
+    code = KIND.replace(
+        'module.entered = getattr(module, "entered", 0) + 1', "1 / (module.in_features - 5)"
+    )
     code = code.replace("module.entered -= 1", "left.append(module.in_features)") + "\nleft = []"
-    install("lora-lite-stranger", "stranger", code, {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}})
+    install(
+        "lora-lite-stranger",
+        "stranger",
+        code,
+        {"lora_lite.layers": {"stranger": "stranger:TurnedKind"}},
+    )
     import stranger
 
     odd = nn.ModuleList([stranger.Turned(6, 4), stranger.Turned(5, 4)])
@@ -230,12 +276,23 @@ def test_an_enter_that_raises(install: Callable[..., None], untouched: Callable[
     assert stranger.left == [6]
 
 
-@pytest.mark.parametrize(("code", "complaint"), [("raise RuntimeError('driver')", "driver"), (GOOD, "expected a subclass of")])
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [("raise RuntimeError('driver')", "driver"), (GOOD, "expected a subclass of")],
+)
 def test_broken_layer_kind(install: Callable[..., None], code: str, complaint: str) -> None:
     """A broken kind is named when a model holds its layers; other models do not notice."""
     package = type("Odd", (nn.Linear,), {"__module__": "stranger_layers.linear"})
-    install("lora-lite-stranger", "stranger", code, {"lora_lite.layers": {"stranger_layers": "stranger:Shift"}})
-    with pytest.raises(ll.PluginError, match=rf"lora_lite\.layers 'stranger_layers' of lora-lite-stranger 1\.5.*{complaint}"):
+    install(
+        "lora-lite-stranger",
+        "stranger",
+        code,
+        {"lora_lite.layers": {"stranger_layers": "stranger:Shift"}},
+    )
+    with pytest.raises(
+        ll.PluginError,
+        match=rf"lora_lite\.layers 'stranger_layers' of lora-lite-stranger 1\.5.*{complaint}",
+    ):
         ll.attach(nn.ModuleList([package(4, 4)]), "lora", r=2)
     the_others_work()
 
@@ -259,12 +316,18 @@ STRANGERS: dict[str, tuple[str, str, str, str]] = {
     "stranger-module": ("module", "", GOOD_NAMED, ">=0.1"),
     "stranger-instance": ("instance", "shift", GOOD_NAMED + "\nshift = Shift()", ">=0.1"),
     "stranger-renamed": ("renamed", "Shift", GOOD, ">=0.1"),
-    "stranger-field": ("field", "Shift", GOOD_NAMED.replace("size: float", "penalty: float"), ">=0.1"),
+    "stranger-field": (
+        "field",
+        "Shift",
+        GOOD_NAMED.replace("size: float", "penalty: float"),
+        ">=0.1",
+    ),
     "stranger-word": ("word", "Shift", GOOD_NAMED.replace("size: float", "layers: float"), ">=0.1"),
     "stranger-generic": (
         "generic",
         "Shift",
-        "import typing\nT = typing.TypeVar('T')\n" + GOOD_NAMED.replace("(ll.Variant,", "(ll.Variant, typing.Generic[T],"),
+        "import typing\nT = typing.TypeVar('T')\n"
+        + GOOD_NAMED.replace("(ll.Variant,", "(ll.Variant, typing.Generic[T],"),
         ">=0.1",
     ),
 }
@@ -322,9 +385,20 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (source / distribution / f"{module}.py").write_text(code.replace("NAME", name))
         project = PYPROJECT.format(distribution=distribution, core=core, name=name, target=entry)
         (source / distribution / "pyproject.toml").write_text(project)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(target),
+    ]
     folders = [str(source / distribution) for distribution in STRANGERS]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, *folders], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, *folders],
+        check=True,
+        capture_output=True,
+    )
     return {**os.environ, "PYTHONPATH": str(target)}
 
 
@@ -342,17 +416,25 @@ def test_each_mistake_has_its_own_error_and_the_others_work(strangers: dict[str,
 def test_variants_check_shows_each_with_its_reason(strangers: dict[str, str]) -> None:
     """`lora-lite variants --check` goes on after a broken one, and is status 1; without --check nothing is imported."""
     command = [Path(sys.executable).parent / "lora-lite", "variants"]
-    listed = subprocess.run(command, env=strangers, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        command, env=strangers, capture_output=True, text=True, check=True
+    ).stdout
     assert "cannot be used" not in listed
-    checked = subprocess.run([*command, "--check"], env=strangers, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        [*command, "--check"], env=strangers, capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 1
     names = [name for name, *_ in map(str.split, listed.splitlines())]
     reasons = dict(re.findall(r"^(\w+) .*\n  cannot be used: (.*)$", checked.stdout, re.MULTILINE))
     assert reasons.keys() == REASONS.keys()
     for name, reason in REASONS.items():
         assert re.search(reason, reasons[name]), f"{name}: {reasons[name]}"
-    assert [line.split()[0] for line in checked.stdout.splitlines() if not line.startswith("  ")] == names
-    assert checked.stderr.startswith(f"lora-lite: {len(REASONS)} of {len(names)} variants cannot be used: broken, exits")
+    assert [
+        line.split()[0] for line in checked.stdout.splitlines() if not line.startswith("  ")
+    ] == names
+    assert checked.stderr.startswith(
+        f"lora-lite: {len(REASONS)} of {len(names)} variants cannot be used: broken, exits"
+    )
 
 
 # --- our own
@@ -360,11 +442,17 @@ def test_variants_check_shows_each_with_its_reason(strangers: dict[str, str]) ->
 
 def test_the_extra_all_is_every_plugin_of_ours() -> None:
     """`pip install lora-lite-core[all]` brings every folder of plugins/; the install hints name no other distribution."""
-    ours = {f"lora-lite-{folder.parent.name}" for folder in (ROOT / "plugins").glob("*/pyproject.toml")}
-    extra = re.search(r"^all = \[(.*?)^\]", (ROOT / "core/pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    ours = {
+        f"lora-lite-{folder.parent.name}" for folder in (ROOT / "plugins").glob("*/pyproject.toml")
+    }
+    extra = re.search(
+        r"^all = \[(.*?)^\]", (ROOT / "core/pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert extra
     assert sorted(re.findall(r'"(.*?)"', extra[1])) == sorted(ours)
-    assert {name: ll.variants()[name].distribution for name in plugins.FIRST_PARTY} == plugins.FIRST_PARTY
+    assert {
+        name: ll.variants()[name].distribution for name in plugins.FIRST_PARTY
+    } == plugins.FIRST_PARTY
     assert set(plugins.FIRST_PARTY.values()) <= ours
 
 
@@ -375,12 +463,23 @@ def loaded_by(code: str) -> list[str]:
     """The root packages in sys.modules after `code`, beyond those that torch alone brings."""
     script = f"import json, sys, torch\nbefore = set(sys.modules)\n{code}\n"
     script += "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     found: list[str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-HEAVY = {"transformers", "peft", "accelerate", "datasets", "numpy", "hypothesis", "pytest", "bitsandbytes"}
+HEAVY = {
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "hypothesis",
+    "pytest",
+    "bitsandbytes",
+}
 
 
 def unwanted(packages: list[str]) -> set[str]:
@@ -397,13 +496,15 @@ def test_import_is_light() -> None:
 
 def test_the_test_above_can_fail() -> None:
     """The same look finds what is really imported."""
-    assert unwanted(loaded_by("import lora_lite, lora_lite_lora, peft")) >= {"lora_lite_lora", "peft", "transformers"}
+    assert unwanted(loaded_by("import lora_lite, lora_lite_lora, peft")) >= {
+        "lora_lite_lora",
+        "peft",
+        "transformers",
+    }
 
 
 def test_a_name_imports_its_own_plugin_only() -> None:
     """attach("antipasto") imports that plugin and no other; variants() none at all."""
-    attach = (
-        "import lora_lite as ll; ll.plan(torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))]), 'antipasto', r=4)"
-    )
+    attach = "import lora_lite as ll; ll.plan(torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))]), 'antipasto', r=4)"
     assert unwanted(loaded_by(attach)) == {"lora_lite_antipasto"}
     assert not unwanted(loaded_by("import lora_lite as ll; assert 'lora' in ll.variants()"))

@@ -39,7 +39,9 @@ avx512bf16 = pytest.mark.skipif(not PACKS, reason="only CPUs with AVX512-bf16 pa
 def quantised(layer: nn.Module, name: str) -> nn.Module:
     """A quantised copy of an `nn.Linear`."""
     assert isinstance(layer, nn.Linear)
-    new = FORMATS[name](layer.in_features, layer.out_features, layer.bias is not None).to(layer.weight.dtype)
+    new = FORMATS[name](layer.in_features, layer.out_features, layer.bias is not None).to(
+        layer.weight.dtype
+    )
     with torch.no_grad():
         new.weight.copy_(layer.weight)  # type: ignore[operator, union-attr]
         if layer.bias is not None:
@@ -83,9 +85,15 @@ def state(model: nn.Module) -> dict[str, Any]:
     seen: dict[str, Any] = {key: value.clone() for key, value in model.state_dict().items()}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            seen[f"{path} {name}"] = len(value) if name.startswith("_") and isinstance(value, dict) else value
+            seen[f"{path} {name}"] = (
+                len(value) if name.startswith("_") and isinstance(value, dict) else value
+            )
         for name, parameter in module.named_parameters(recurse=False):
-            seen[f"{path} {name}"] = (parameter.detach().clone(), parameter.requires_grad, dict(vars(parameter)))
+            seen[f"{path} {name}"] = (
+                parameter.detach().clone(),
+                parameter.requires_grad,
+                dict(vars(parameter)),
+            )
     return seen
 
 
@@ -115,7 +123,9 @@ def loss_of(model: nn.Module, target: Tensor) -> Tensor:
     return (model(inputs(8, 4)) - target).square().mean()
 
 
-def fit(model: nn.Module, adapter: ll.Adapter, target: Tensor, steps: int = 12) -> tuple[float, float]:
+def fit(
+    model: nn.Module, adapter: ll.Adapter, target: Tensor, steps: int = 12
+) -> tuple[float, float]:
     """The loss before and after a short training."""
     optimizer = torch.optim.Adam(adapter.param_groups(), lr=1e-2)
     adapter.project_after(optimizer)
@@ -136,7 +146,9 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 
 @every_format
 @every_variant
-def test_a_variant_starts_trains_and_leaves(base: Callable[..., nn.Module], variant: str, name: str) -> None:
+def test_a_variant_starts_trains_and_leaves(
+    base: Callable[..., nn.Module], variant: str, name: str
+) -> None:
     """On a quantised base a variant starts as the base, passes gradients to its parameters and to the input, lowers a loss, and
     leaves every bit of the base as an unattached control has it.
     """
@@ -144,7 +156,9 @@ def test_a_variant_starts_trains_and_leaves(base: Callable[..., nn.Module], vari
     x = inputs(3, 5)
     adapter = attach(model, variant)
     if adapter.variant.identity != "none":
-        torch.testing.assert_close(model(x), control(x), rtol=0, atol=0 if adapter.variant.identity == "exact" else 1e-5)
+        torch.testing.assert_close(
+            model(x), control(x), rtol=0, atol=0 if adapter.variant.identity == "exact" else 1e-5
+        )
     move(attach(teacher, variant), 0.3, seed=1)
     target = teacher(inputs(8, 4)).detach()
     before, after = fit(model, adapter, target)
@@ -152,7 +166,9 @@ def test_a_variant_starts_trains_and_leaves(base: Callable[..., nn.Module], vari
     x = inputs(3, 5).requires_grad_()
     model.eval()(x).sum().backward()
     assert x.grad is not None
-    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in adapter.parameters())
+    assert all(
+        p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in adapter.parameters()
+    )
     adapter.detach()
     assert torch.equal(model(x), control.eval()(x))
     assert_same_base(model.train(), control.train())
@@ -175,7 +191,9 @@ def test_a_file_goes_back_onto_a_base_quantised_afresh(
 
 @every_format
 @every_variant
-def test_a_file_on_the_unquantised_base(base: Callable[..., nn.Module], variant: str, name: str, tmp_path: Path) -> None:
+def test_a_file_on_the_unquantised_base(
+    base: Callable[..., nn.Module], variant: str, name: str, tmp_path: Path
+) -> None:
     """A warning where the tensors do not come from the base, else an error; check_base=False overrides both."""
     model, dense, plain = base(name), base(None), base(None)
     adapter = attach(model, variant)
@@ -238,14 +256,19 @@ def test_the_weight_of_8_bit_training_from_scratch_is_dense() -> None:
 def test_codes_stored_as_another_dtype() -> None:
     """As for FSDP, with `quant_storage`."""
     dense = nn.Linear(64, 32)
-    layers = [Linear4bit(64, 32, quant_type="nf4", quant_storage=dtype) for dtype in (torch.uint8, torch.bfloat16)]
+    layers = [
+        Linear4bit(64, 32, quant_type="nf4", quant_storage=dtype)
+        for dtype in (torch.uint8, torch.bfloat16)
+    ]
     for layer in layers:
         layer.weight.data.copy_(dense.weight)
         layer.to("cpu")
     assert torch.equal(KIND.weight(layers[0]), KIND.weight(layers[1]))
 
 
-@pytest.mark.parametrize("cls", [Linear4bit, partial(Linear8bitLt, has_fp16_weights=False)], ids=["4-bit", "8-bit"])
+@pytest.mark.parametrize(
+    "cls", [Linear4bit, partial(Linear8bitLt, has_fp16_weights=False)], ids=["4-bit", "8-bit"]
+)
 def test_a_layer_that_is_still_to_be_quantised(cls: Callable[..., nn.Module]) -> None:
     """It cannot run, or would change at its first forward: refused by name, with the way out. Elsewhere in the model it is no
     trouble, and `plan` reads its shape on the meta device.
@@ -255,7 +278,10 @@ def test_a_layer_that_is_still_to_be_quantised(cls: Callable[..., nn.Module]) ->
         ll.attach(model, "lora", r=2, targets="0")
     ll.attach(model, "lora", r=2, targets="1").detach()
     with torch.device("meta"):
-        assert ll.plan(nn.ModuleList([cls(64, 32)]), "dora", r=2, targets="0").parameters == 2 * 96 + 32
+        assert (
+            ll.plan(nn.ModuleList([cls(64, 32)]), "dora", r=2, targets="0").parameters
+            == 2 * 96 + 32
+        )
 
 
 @pytest.mark.parametrize("name", FOUR_BIT)
@@ -264,11 +290,16 @@ def test_a_shape_that_the_kernel_gets_wrong_is_refused(name: str) -> None:
     dense = nn.Linear(96, 40, bias=False)
     layer = quantised(dense, name).train()
     torch.testing.assert_close(
-        KIND.weight(layer), dense.weight.detach(), rtol=0, atol=0.25 * float(dense.weight.detach().abs().max())
+        KIND.weight(layer),
+        dense.weight.detach(),
+        rtol=0,
+        atol=0.25 * float(dense.weight.detach().abs().max()),
     )
     wrong = not torch.allclose(layer(torch.eye(96)).T, KIND.weight(layer), atol=1e-5)
     if wrong:
-        with pytest.raises(ll.LayerKindError, match=r"computes with wrong weights.*block size \(64\)"):
+        with pytest.raises(
+            ll.LayerKindError, match=r"computes with wrong weights.*block size \(64\)"
+        ):
             ll.attach(nn.ModuleList([layer]), "lora", r=2, targets="0")
     else:
         ll.attach(nn.ModuleList([layer]), "lora", r=2, targets="0")
@@ -320,7 +351,9 @@ def test_the_trap_is_there(base: Callable[..., nn.Module], name: str) -> None:
 
 @avx512bf16
 @pytest.mark.parametrize("name", FOUR_BIT)
-def test_evaluation_does_not_pack_an_attached_layer(base: Callable[..., nn.Module], name: str) -> None:
+def test_evaluation_does_not_pack_an_attached_layer(
+    base: Callable[..., nn.Module], name: str
+) -> None:
     """Evaluation computes what training mode computes, gradients stay, and the base is that of a control that was never
     evaluated. After detach it packs itself again as an unattached layer does.
     """
@@ -364,7 +397,9 @@ def test_calibration_does_not_pack(base: Callable[..., nn.Module], name: str) ->
     """It is a forward in eval mode without gradients; also one that fails leaves no trace."""
     model, control = base(name), base(name)
     with pytest.raises(ll.CalibrationError, match="batch 1"):
-        ll.attach(model, "eva", r=4, targets=TARGETS, calibration=[inputs(4, 16), torch.zeros(3, 5)])
+        ll.attach(
+            model, "eva", r=4, targets=TARGETS, calibration=[inputs(4, 16), torch.zeros(3, 5)]
+        )
     assert_same_base(model, control)
     attach(model, "eva").detach()
     assert_same_base(model, control)
@@ -388,7 +423,10 @@ def test_a_base_that_was_packed_before(base: Callable[..., nn.Module], name: str
     """
     model, control, plain = base(name), base(name), base(name)
     evaluate(model), evaluate(control)
-    layer, original = model.get_submodule("blocks.0.down"), KIND.weight(plain.get_submodule("blocks.0.down"))
+    layer, original = (
+        model.get_submodule("blocks.0.down"),
+        KIND.weight(plain.get_submodule("blocks.0.down")),
+    )
     w = KIND.weight(layer)
     torch.testing.assert_close(w, original, rtol=2**-8, atol=0)
     assert KIND.dtype(layer) == torch.float32
@@ -405,7 +443,10 @@ def test_a_base_that_was_packed_before(base: Callable[..., nn.Module], name: str
 # --- transformers
 
 
-CONFIGS = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen3": ("Qwen3Config", "Qwen3ForCausalLM")}
+CONFIGS = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+}
 TOKENS = torch.tensor([[5, 9, 3, 7, 1, 2], [8, 8, 4, 30, 6, 11]])
 
 
@@ -418,17 +459,27 @@ def pretrained(tmp_path: Path) -> Callable[..., nn.Module]:
         folder = tmp_path / family
         config, cls = (getattr(transformers, name) for name in CONFIGS[family])
         if not folder.exists():
-            sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 32, "head_dim": 32}
+            sizes = {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "vocab_size": 32,
+                "head_dim": 32,
+            }
             heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
             torch.manual_seed(0)
             cls(config(**sizes, **heads, initializer_range=0.1)).save_pretrained(folder)
-        model: nn.Module = cls.from_pretrained(folder, quantization_config=how(bits), dtype=torch.float32)
+        model: nn.Module = cls.from_pretrained(
+            folder, quantization_config=how(bits), dtype=torch.float32
+        )
         return model
 
     def how(bits: int) -> Any:
         if bits == 8:
             return transformers.BitsAndBytesConfig(load_in_8bit=True)
-        return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
 
     return make
 
@@ -473,7 +524,9 @@ def test_a_model_quantised_by_transformers(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_transformers_trainer(pretrained: Callable[..., nn.Module], bits: int, tmp_path: Path) -> None:
+def test_transformers_trainer(
+    pretrained: Callable[..., nn.Module], bits: int, tmp_path: Path
+) -> None:
     """The Trainer refuses a quantised model whose adapters are not PEFT's; built inside `trainer_accepts` it trains, with
     gradient checkpointing and evaluations, and afterwards the model can be saved as any other.
     """
@@ -527,7 +580,9 @@ def by_torch_ao(model: nn.Module) -> None:
 def by_hqq(model: nn.Module) -> None:
     hqq = pytest.importorskip("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
-    model.blocks[0] = hqq.HQQLinear(model.blocks[0], config, compute_dtype=torch.float32, device="cpu")  # type: ignore[union-attr,index]
+    model.blocks[0] = hqq.HQQLinear(
+        model.blocks[0], config, compute_dtype=torch.float32, device="cpu"
+    )  # type: ignore[union-attr,index]
 
 
 def by_quanto(model: nn.Module) -> None:
@@ -541,7 +596,9 @@ def by_torchao(model: nn.Module) -> None:
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize(
     ("quantise", "cls"),
     [
@@ -556,6 +613,9 @@ def test_a_layer_that_nobody_teaches(quantise: Callable[[nn.Module], None], cls:
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 64)])})
     quantise(model)
     for variant in ("lora", "pissa"):
-        with pytest.raises(ll.LayerKindError, match=rf"(?s)Install the plugin.*lora_lite\.LayerKind.*blocks\.0: {cls}"):
+        with pytest.raises(
+            ll.LayerKindError,
+            match=rf"(?s)Install the plugin.*lora_lite\.LayerKind.*blocks\.0: {cls}",
+        ):
             ll.attach(model, variant, r=4)
     assert "lora_default_A" not in dict(model.named_parameters())

@@ -33,7 +33,10 @@ class Sound(Variant, name="sound"):
         return {"A": TensorSpec((self.r, site.d_in)), "B": TensorSpec((site.d_out, self.r))}
 
     def init(self, site, derived, statistics, rng):
-        return {"A": torch.randn(self.r, site.d_in, generator=rng("A")), "B": torch.zeros(site.d_out, self.r)}
+        return {
+            "A": torch.randn(self.r, site.d_in, generator=rng("A")),
+            "B": torch.zeros(site.d_out, self.r),
+        }
 
     def delta_output(self, site, t, x, y):
         return self.gain * (x @ t["A"].T @ t["B"].T)
@@ -64,7 +67,9 @@ class Rich(Variant, name="rich"):
             "p": TensorSpec(shape, compute="float32"),
             "m": TensorSpec(shape, trainable=False),
             "order": TensorSpec(shape, trainable=False, dtype=torch.int64),
-            "P": TensorSpec(shape, trainable=False, derived=True, dtype=torch.float32, compute="float32"),
+            "P": TensorSpec(
+                shape, trainable=False, derived=True, dtype=torch.float32, compute="float32"
+            ),
         }
 
     def derive(self, site):
@@ -72,7 +77,12 @@ class Rich(Variant, name="rich"):
 
     def init(self, site, derived, statistics, rng):
         noise = 0.1 * torch.randn(site.d_in, generator=rng("n"))
-        return {"n": 1 + noise, "p": torch.zeros(site.d_in), "m": statistics["size"], "order": torch.arange(site.d_in).flip(0)}
+        return {
+            "n": 1 + noise,
+            "p": torch.zeros(site.d_in),
+            "m": statistics["size"],
+            "order": torch.arange(site.d_in).flip(0),
+        }
 
     def observe(self, site):
         return Sizes(site.d_in, self.side)
@@ -174,7 +184,10 @@ class TakesTextForNumbers(Sound, name="takes_text_for_numbers"):
 @caught_by("start_matches_identity", r"identity 'exact'")
 class StartsOffTheBase(Sound, name="starts_off_the_base"):
     def init(self, site, derived, statistics, rng):
-        return {**super().init(site, derived, statistics, rng), "B": torch.full((site.d_out, self.r), 1e-3)}
+        return {
+            **super().init(site, derived, statistics, rng),
+            "B": torch.full((site.d_out, self.r), 1e-3),
+        }
 
 
 @caught_by("start_matches_identity", r"identity 'exact'")
@@ -190,7 +203,10 @@ class RightForSquareLayersOnly(Sound, name="right_for_square_layers_only"):
         return {**super().tensors(site), "A": TensorSpec((self.r, site.d_out))}
 
     def init(self, site, derived, statistics, rng):
-        return {"A": torch.randn(self.r, site.d_out, generator=rng("A")), "B": torch.zeros(site.d_out, self.r)}
+        return {
+            "A": torch.randn(self.r, site.d_out, generator=rng("A")),
+            "B": torch.zeros(site.d_out, self.r),
+        }
 
 
 @caught_by("start_is_not_better_than_declared", r"zero_start=True\) declares identity 'none', yet")
@@ -202,7 +218,11 @@ class ExcusesItselfForAllFields(Sound, name="excuses_itself_for_all_fields"):
         return "none"
 
     def init(self, site, derived, statistics, rng):
-        b = torch.zeros(site.d_out, self.r) if self.zero_start else torch.randn(site.d_out, self.r, generator=rng("B"))
+        b = (
+            torch.zeros(site.d_out, self.r)
+            if self.zero_start
+            else torch.randn(site.d_out, self.r, generator=rng("B"))
+        )
         return {**super().init(site, derived, statistics, rng), "B": b}
 
 
@@ -240,7 +260,10 @@ class CountsFromTheWeights(Sound, name="counts_from_the_weights"):
         return self.r * int(site.weight().count_nonzero() / site.d_in + site.d_in)
 
 
-@caught_by("start_depends_on_seed_path_and_name_alone", r"start values of the same seed: .*A: expected the same bits")
+@caught_by(
+    "start_depends_on_seed_path_and_name_alone",
+    r"start values of the same seed: .*A: expected the same bits",
+)
 class DrawsGlobally(Sound, name="draws_globally"):
     def init(self, site, derived, statistics, rng):
         return {**super().init(site, derived, statistics, rng), "A": torch.randn(self.r, site.d_in)}
@@ -251,7 +274,10 @@ class DrawsTheSameForEverySeed(Sound, name="draws_the_same_for_every_seed"):
     def init(self, site, derived, statistics, rng):
         rng("A")
         fixed = torch.Generator().manual_seed(0)
-        return {**super().init(site, derived, statistics, rng), "A": torch.randn(self.r, site.d_in, generator=fixed)}
+        return {
+            **super().init(site, derived, statistics, rng),
+            "A": torch.randn(self.r, site.d_in, generator=fixed),
+        }
 
 
 @caught_by("attach_leaves_the_random_state", r"random state after attach")
@@ -263,7 +289,10 @@ class MakesAThrowawayLayer(Sound, name="makes_a_throwaway_layer"):
 
 class _Derives(Sound):
     def tensors(self, site):
-        return {**super().tensors(site), "U": TensorSpec((site.d_out, 1), trainable=False, derived=True)}
+        return {
+            **super().tensors(site),
+            "U": TensorSpec((site.d_out, 1), trainable=False, derived=True),
+        }
 
 
 @caught_by("derived_tensors_come_again", r"U, derived with other signs of a decomposition")
@@ -275,13 +304,20 @@ class LeavesSignsToTheMachine(_Derives, name="leaves_signs_to_the_machine"):
 @caught_by("derived_tensors_come_again", r"U, derived with other signs of a decomposition")
 class LeavesSignsOfTheGramMatrix(_Derives, name="leaves_signs_of_the_gram_matrix"):
     def derive(self, site):
-        return {"U": torch.linalg.eigh(site.matmul(site.weight())).eigenvectors[:, [-min(site.d_in, site.d_out)]]}
+        return {
+            "U": torch.linalg.eigh(site.matmul(site.weight())).eigenvectors[
+                :, [-min(site.d_in, site.d_out)]
+            ]
+        }
 
 
 @caught_by("derived_tensors_come_again", r"P, derived on a copy")
 class DerivesByPlace(Sound, name="derives_by_place"):
     def tensors(self, site):
-        return {**super().tensors(site), "P": TensorSpec((site.d_in,), trainable=False, derived=True)}
+        return {
+            **super().tensors(site),
+            "P": TensorSpec((site.d_in,), trainable=False, derived=True),
+        }
 
     def derive(self, site):
         return {"P": site.weight().norm(dim=0) * (1 + id(site._module) % 97)}
@@ -351,7 +387,9 @@ class HasADtypeFromImport(Sound, name="has_a_dtype_from_import"):
         return super().delta_output(site, t, x, y) * self.one
 
 
-@caught_by("computes_where_its_tensors_are", r"is not on the expected device meta|on the same device")
+@caught_by(
+    "computes_where_its_tensors_are", r"is not on the expected device meta|on the same device"
+)
 class HasADeviceFromImport(Sound, name="has_a_device_from_import"):
     one: ClassVar[Tensor] = torch.ones(1)
 
@@ -359,7 +397,10 @@ class HasADeviceFromImport(Sound, name="has_a_device_from_import"):
         return super().delta_output(site, t, x, y) * self.one.to(x.dtype)
 
 
-@caught_by("computes_where_its_tensors_are", r"on the device meta, these were computed elsewhere: {'factor': 'cpu'}")
+@caught_by(
+    "computes_where_its_tensors_are",
+    r"on the device meta, these were computed elsewhere: {'factor': 'cpu'}",
+)
 class PreparesOnTheCpu(Sound, name="prepares_on_the_cpu"):
     def prepare(self, site, t):
         return {"factor": torch.tensor(self.gain, dtype=site.dtype)}
@@ -387,7 +428,10 @@ class ScalesTheBias(_FromY, name="scales_the_bias"):
         return t["g"] * y
 
 
-@caught_by("bias_goes_through", r"acts_on_bias is True; the output at x = 0, against the bias: expected a difference")
+@caught_by(
+    "bias_goes_through",
+    r"acts_on_bias is True; the output at x = 0, against the bias: expected a difference",
+)
 class SaysItActsOnTheBias(_FromY, name="says_it_acts_on_the_bias"):
     acts_on_bias: ClassVar[bool] = True
 
@@ -447,7 +491,10 @@ class LooksAtTheNextToken(Sound, name="looks_at_the_next_token"):
 @caught_by("empty_batch_gives_empty_output", r"non-empty")
 class LoopsOverRows(Sound, name="loops_over_rows"):
     def delta_output(self, site, t, x, y):
-        rows = [super(LoopsOverRows, self).delta_output(site, t, row, y) for row in x.reshape(-1, site.d_in)]
+        rows = [
+            super(LoopsOverRows, self).delta_output(site, t, row, y)
+            for row in x.reshape(-1, site.d_in)
+        ]
         return torch.stack(rows).reshape(y.shape)
 
 
@@ -508,7 +555,10 @@ class HasADeadParameter(Sound, name="has_a_dead_parameter"):
         return {**super().tensors(site), "forgotten": TensorSpec((site.d_out,))}
 
     def init(self, site, derived, statistics, rng):
-        return {**super().init(site, derived, statistics, rng), "forgotten": torch.zeros(site.d_out)}
+        return {
+            **super().init(site, derived, statistics, rng),
+            "forgotten": torch.zeros(site.d_out),
+        }
 
 
 @caught_by("every_parameter_learns_and_nothing_else", r"exactly zero in each of the first 3 steps")
@@ -558,7 +608,9 @@ class KeepsItsGraph(Sound, name="keeps_its_graph"):
 class LearnsAtItsStartOnly(Sound, name="learns_at_its_start_only"):
     def delta_output(self, site, t, x, y):
         b = t["B"]
-        return super().delta_output(site, {**t, "B": torch.where(b.abs() < 1e-9, b, b.detach())}, x, y)
+        return super().delta_output(
+            site, {**t, "B": torch.where(b.abs() < 1e-9, b, b.detach())}, x, y
+        )
 
 
 @caught_by("project_and_penalty_are_sound", r"project puts other tensors under \['n'\]")
@@ -579,7 +631,11 @@ class _Observes(Rich):
 class CountsTheLastBatch(_Observes, name="counts_the_last_batch"):
     class Observer(Sizes):
         def update(self, x, y):
-            self.sum, self.max, self.rows = torch.zeros_like(self.sum), torch.zeros_like(self.max), 0
+            self.sum, self.max, self.rows = (
+                torch.zeros_like(self.sum),
+                torch.zeros_like(self.max),
+                0,
+            )
             super().update(x, y)
 
 
@@ -691,7 +747,10 @@ class _Frozen(Sound):
         return {**super().tensors(site), "m": TensorSpec((site.d_in,), trainable=False)}
 
     def init(self, site, derived, statistics, rng):
-        return {**super().init(site, derived, statistics, rng), "m": torch.rand(site.d_in, generator=rng("m"))}
+        return {
+            **super().init(site, derived, statistics, rng),
+            "m": torch.rand(site.d_in, generator=rng("m")),
+        }
 
     def delta_output(self, site, t, x, y):
         return super().delta_output(site, t, x * t["m"], y)
@@ -730,7 +789,10 @@ class KeepsNumbersInTheClass(Sound, name="keeps_numbers_in_the_class"):
 @caught_by("file_without_derived_tensors_is_close", r"come out differently")
 class TrainsADerivedTensor(Sound, name="trains_a_derived_tensor"):
     def tensors(self, site):
-        return {**super().tensors(site), "P": TensorSpec((site.d_in,), trainable=False, derived=True)}
+        return {
+            **super().tensors(site),
+            "P": TensorSpec((site.d_in,), trainable=False, derived=True),
+        }
 
     def derive(self, site):
         return {"P": site.weight().float().norm(dim=0)}
@@ -787,7 +849,11 @@ class CountsItsCalls(Sound, name="counts_its_calls"):
 
     def delta_output(self, site, t, x, y):
         self.calls[0] += site.training
-        return super().delta_output(site, t, x, y) / self.calls[0] if site.training else super().delta_output(site, t, x, y)
+        return (
+            super().delta_output(site, t, x, y) / self.calls[0]
+            if site.training
+            else super().delta_output(site, t, x, y)
+        )
 
 
 @caught_by("compiles_whole_and_once", r"data-dependent")
@@ -835,7 +901,9 @@ def test_every_promise_says_what_why_and_what_breaks_it() -> None:
 
 def test_the_contract_page_has_every_promise() -> None:
     page = (Path(__file__).parents[1] / "docs/contract.md").read_text().split("## Promises")[1]
-    expected = {name: " ".join(promise.text.split("\n\n")[0].split()) for name, promise in PROMISES.items()}
+    expected = {
+        name: " ".join(promise.text.split("\n\n")[0].split()) for name, promise in PROMISES.items()
+    }
     assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == expected
 
 
@@ -854,7 +922,11 @@ def test_a_strategy_for_a_field_that_is_not_there() -> None:
 
 def test_tests_cannot_be_overridden() -> None:
     with pytest.raises(TypeError, match="can be neither overridden nor removed"):
-        type("Overrides", (VariantTests,), {"variant": Sound, "test_base_is_untouched": lambda _: None})
+        type(
+            "Overrides",
+            (VariantTests,),
+            {"variant": Sound, "test_base_is_untouched": lambda _: None},
+        )
 
 
 def test_tests_cannot_be_removed() -> None:
@@ -869,7 +941,12 @@ def test_tests_cannot_be_overridden_by_a_second_base() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["test_base_is_untouched", "test_only_declared_tensors_appear", "test_save_and_load_are_bitwise"]
+    "name",
+    [
+        "test_base_is_untouched",
+        "test_only_declared_tensors_appear",
+        "test_save_and_load_are_bitwise",
+    ],
 )
 def test_what_cannot_be_waived(name: str) -> None:
     with pytest.raises(TypeError, match="cannot be waived"):
@@ -878,9 +955,17 @@ def test_what_cannot_be_waived(name: str) -> None:
 
 def test_an_expected_failure_names_a_test_and_a_reason() -> None:
     with pytest.raises(TypeError, match="no test 'test_nothing'"):
-        type("Unknown", (VariantTests,), {"variant": Sound, "expected_failures": {"test_nothing": "because"}})
+        type(
+            "Unknown",
+            (VariantTests,),
+            {"variant": Sound, "expected_failures": {"test_nothing": "because"}},
+        )
     with pytest.raises(TypeError, match="needs a reason"):
-        type("Silent", (VariantTests,), {"variant": Sound, "expected_failures": {"test_macs_are_as_declared": " "}})
+        type(
+            "Silent",
+            (VariantTests,),
+            {"variant": Sound, "expected_failures": {"test_macs_are_as_declared": " "}},
+        )
 
 
 def test_a_change_after_the_class_is_made_is_noticed() -> None:
@@ -897,7 +982,9 @@ def test_a_change_after_the_class_is_made_is_noticed() -> None:
 
 def test_an_expected_failure_is_reported_as_one() -> None:
     reasons = {"test_macs_are_as_declared": "they are counted elsewhere"}
-    tests = type("Declared", (VariantTests,), {"variant": CountsOneFactor, "expected_failures": reasons})
+    tests = type(
+        "Declared", (VariantTests,), {"variant": CountsOneFactor, "expected_failures": reasons}
+    )
     with pytest.raises(pytest.xfail.Exception, match="counted elsewhere"):
         tests().test_macs_are_as_declared()
 
@@ -912,15 +999,21 @@ def test_an_expected_failure_that_passes_fails() -> None:
 MAJOR, MINOR = (int(number) for number in metadata.version("lora-lite-core").split(".")[:2])
 
 
-def run_since(since: str, variant: type[Variant], expected_failures: dict[str, str] | None = None) -> None:
+def run_since(
+    since: str, variant: type[Variant], expected_failures: dict[str, str] | None = None
+) -> None:
     """A test of the suite, as it would be if its promise had come with that version of the core."""
-    test = _as_test("test_macs_are_as_declared", replace(PROMISES["macs_are_as_declared"], since=since))
+    test = _as_test(
+        "test_macs_are_as_declared", replace(PROMISES["macs_are_as_declared"], since=since)
+    )
     attributes = {"variant": variant, "expected_failures": expected_failures or {}}
     test(type("Tests", (VariantTests,), attributes)())
 
 
 def test_a_new_promise_warns_who_breaks_it() -> None:
-    with pytest.warns(NewPromiseWarning, match=rf"since lora-lite-core {MAJOR}\.{MINOR}; .*: declared .* counted"):
+    with pytest.warns(
+        NewPromiseWarning, match=rf"since lora-lite-core {MAJOR}\.{MINOR}; .*: declared .* counted"
+    ):
         run_since(f"{MAJOR}.{MINOR}", CountsOneFactor)
 
 
@@ -938,7 +1031,9 @@ def test_a_promise_of_the_minor_version_before_fails_who_breaks_it() -> None:
 
 def test_a_new_promise_can_be_declared_an_expected_failure() -> None:
     with pytest.raises(pytest.xfail.Exception, match="counted elsewhere"):
-        run_since(f"{MAJOR}.{MINOR}", CountsOneFactor, {"test_macs_are_as_declared": "counted elsewhere"})
+        run_since(
+            f"{MAJOR}.{MINOR}", CountsOneFactor, {"test_macs_are_as_declared": "counted elsewhere"}
+        )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,11 @@ class TestCentred(VariantTests):
 nothing = 3
 """
 
-FEW = ("fields_survive_json", "batch_is_its_rows_and_sequence_its_tokens", "accumulated_gradients_add_up")
+FEW = (
+    "fields_survive_json",
+    "batch_is_its_rows_and_sequence_its_tokens",
+    "accumulated_gradients_add_up",
+)
 
 
 @pytest.fixture
@@ -63,7 +67,10 @@ def test_a_broken_promise(module: str, capsys: pytest.CaptureFixture[str]) -> No
     """It is reported with its values, the drawn case, and what the promise says; the status is 1."""
     assert main(["conform", f"{module}:Centred"]) == 1
     told = capsys.readouterr()
-    assert "BROKEN    batch_is_its_rows_and_sequence_its_tokens\n          AssertionError: rows one by one" in told.out
+    assert (
+        "BROKEN    batch_is_its_rows_and_sequence_its_tokens\n          AssertionError: rows one by one"
+        in told.out
+    )
     assert "instead of" in told.out
     assert "Case(variant=Centred()" in told.out or sys.version_info < (3, 11)
     assert "Every token's output depends on this token alone" in told.out
@@ -78,14 +85,21 @@ def test_declared_failures(module: str, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["conform", f"{module}:TestCentred"]) == 1
     told = capsys.readouterr()
     assert "declared  accumulated_gradients_add_up\n          it looks at the batch\n" in told.out
-    assert "STALE     fields_survive_json\n          test_fields_survive_json passes; take it out" in told.out
+    assert (
+        "STALE     fields_survive_json\n          test_fields_survive_json passes; take it out"
+        in told.out
+    )
     assert "breaks 2 of 3 promises: fields_survive_json, batch_is" in told.err
 
 
 def test_a_new_promise() -> None:
     """One that is broken is told, with the version that will insist on it, and is not counted as broken."""
     since = ".".join(metadata.version("lora-lite-core").split(".")[:2])
-    outcome = Outcome(replace(PROMISES["macs_are_as_declared"], since=since), AssertionError("declared 1, counted 2"), None)
+    outcome = Outcome(
+        replace(PROMISES["macs_are_as_declared"], since=since),
+        AssertionError("declared 1, counted 2"),
+        None,
+    )
     told = conform.report(outcome)
     assert told.startswith("new       macs_are_as_declared\n")
     assert "the next minor version fails here: declared 1, counted 2" in told
@@ -97,11 +111,16 @@ def test_a_new_promise() -> None:
         ("lroa", "there is no variant 'lroa'; did you mean"),
         ("no_such_module:Centred", "No module named 'no_such_module'"),
         ("my_centred:Missing", "has no attribute 'Missing'"),
-        ("my_centred:nothing", "is 3; expected a subclass of Variant that has a name, or of VariantTests"),
+        (
+            "my_centred:nothing",
+            "is 3; expected a subclass of Variant that has a name, or of VariantTests",
+        ),
     ],
 )
 @pytest.mark.usefixtures("module")
-def test_what_cannot_be_tested(name: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_tested(
+    name: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Status 1, and one sentence."""
     assert main(["conform", name]) == 1
     assert complaint in capsys.readouterr().err
@@ -109,10 +128,14 @@ def test_what_cannot_be_tested(name: str, complaint: str, capsys: pytest.Capture
 
 def test_without_the_testing_extra(tmp_path: Path) -> None:
     """Where hypothesis is missing, the command says what to install; the others do not need it."""
-    (tmp_path / "hypothesis.py").write_text("raise ModuleNotFoundError('hidden', name='hypothesis')")
+    (tmp_path / "hypothesis.py").write_text(
+        "raise ModuleNotFoundError('hidden', name='hypothesis')"
+    )
     run = "import sys; sys.path.insert(0, sys.argv[1]); from lora_lite.cli import main; sys.exit(main(sys.argv[2:]))"
     for arguments, status in ((["conform", "lora"], 1), (["variants", "--check"], 0)):
         command = [sys.executable, "-c", run, str(tmp_path), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
-        assert ("needs hypothesis; pip install lora-lite-core[testing]" in done.stderr) is bool(status)
+        assert ("needs hypothesis; pip install lora-lite-core[testing]" in done.stderr) is bool(
+            status
+        )

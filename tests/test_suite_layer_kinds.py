@@ -13,11 +13,18 @@ from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 class TestLinear(LayerKindTests):
     kind = Linear
-    layers = [lambda: nn.Linear(6, 4), lambda: nn.Linear(4, 6, bias=False), lambda: nn.Linear(5, 5).to(torch.bfloat16)]
+    layers = [
+        lambda: nn.Linear(6, 4),
+        lambda: nn.Linear(4, 6, bias=False),
+        lambda: nn.Linear(5, 5).to(torch.bfloat16),
+    ]
 
 
 class TestConv1D(LayerKindTests):
-    kind, layers = Conv1D, [lambda: TransformersConv1D(4, 6), lambda: TransformersConv1D(5, 5).double()]
+    kind, layers = (
+        Conv1D,
+        [lambda: TransformersConv1D(4, 6), lambda: TransformersConv1D(5, 5).double()],
+    )
 
 
 class Coded(nn.Module):
@@ -59,7 +66,9 @@ class OfCoded(LayerKindTests):
 NAMES = [name for name in dir(LayerKindTests) if name.startswith("test_")]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "test_is_found_and_carries_an_adapter"])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "test_is_found_and_carries_an_adapter"]
+)
 def test_a_quantised_layer_of_a_stranger(name: str) -> None:
     getattr(OfCoded(), name)()
 
@@ -128,7 +137,9 @@ class GivesTheCodes(Sound):
         return module.scale.dtype
 
 
-@caught_by("dtype_is_what_the_layer_computes_in", "not implemented for|dtype tells|expected|not supported")
+@caught_by(
+    "dtype_is_what_the_layer_computes_in", "not implemented for|dtype tells|expected|not supported"
+)
 class TellsTheCodesDtype(Sound):
     def dtype(self, module):
         return module.codes.dtype
@@ -146,13 +157,19 @@ class MultipliesTheOtherWay(Sound):
         return m @ self.weight(module).detach().to(m.dtype)
 
 
-@caught_by("matmul_is_the_product_with_the_weight", "matmul of 3 rows in torch.float32: 12 of 12 entries differ")
+@caught_by(
+    "matmul_is_the_product_with_the_weight",
+    "matmul of 3 rows in torch.float32: 12 of 12 entries differ",
+)
 class AddsTheBias(Sound):
     def matmul(self, module, m):
         return module(m).detach()
 
 
-@caught_by("matmul_is_the_product_with_the_weight", "matmul of 1 rows in torch.float64: got|have the same dtype")
+@caught_by(
+    "matmul_is_the_product_with_the_weight",
+    "matmul of 1 rows in torch.float64: got|have the same dtype",
+)
 class MultipliesInItsOwnDtype(Sound):
     def matmul(self, module, m):
         return m @ self.weight(module).detach().T
@@ -192,12 +209,17 @@ class CachesOnItself(Sound):
         return self.dense
 
 
-@caught_by("is_found_and_carries_an_adapter", "finds None for .*expected an entry point .* in the group lora_lite.layers")
+@caught_by(
+    "is_found_and_carries_an_adapter",
+    "finds None for .*expected an entry point .* in the group lora_lite.layers",
+)
 class IsNotInstalled(Sound):
     pass
 
 
-@pytest.mark.parametrize(("kind", "test", "told"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])
+@pytest.mark.parametrize(
+    ("kind", "test", "told"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN]
+)
 def test_each_mistake_is_caught_by_its_test(kind: type[LayerKind], test: str, told: str) -> None:
     tests = type("Broken", (OfCoded,), {"kind": kind})()
     with pytest.raises(Exception, match=told):
@@ -228,7 +250,10 @@ def test_no_layers_are_not_enough() -> None:
 
 def test_tests_cannot_be_overridden_or_removed() -> None:
     for replacement in (None, lambda _: None):
-        with pytest.raises(TypeError, match="test_keeps_nothing: the suite's tests can be neither overridden nor removed"):
+        with pytest.raises(
+            TypeError,
+            match="test_keeps_nothing: the suite's tests can be neither overridden nor removed",
+        ):
             type("Replaces", (OfCoded,), {"test_keeps_nothing": replacement})
     changed = type("Changed", (OfCoded,), {})
     changed.test_keeps_nothing = None  # type: ignore[assignment,method-assign]

@@ -61,7 +61,13 @@ def run(*command: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def environment(folder: Path, wheels: Path, *requirements: str, over: Path | None = None, exact: Path = CONSTRAINTS) -> Path:
+def environment(
+    folder: Path,
+    wheels: Path,
+    *requirements: str,
+    over: Path | None = None,
+    exact: Path = CONSTRAINTS,
+) -> Path:
     """The Python of a new environment with these requirements. Of a package that it has not, it sees that of the environment
     `over` which it lies, if any.
     """
@@ -108,24 +114,57 @@ def test_core_and_one_plugin_work_with_only_what_they_declare(python: Path, tmp_
 
 def test_every_plugin_installs_beside_the_core(python: Path, wheels: Path) -> None:
     """Each imports, `variants` lists them all, and nobody's requirements disagree."""
-    plugins = [wheel for wheel in wheels.glob("*.whl") if "benchmark" not in wheel.name and "core" not in wheel.name]
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, "--find-links", wheels, *plugins)
+    plugins = [
+        wheel
+        for wheel in wheels.glob("*.whl")
+        if "benchmark" not in wheel.name and "core" not in wheel.name
+    ]
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        CONSTRAINTS,
+        "--find-links",
+        wheels,
+        *plugins,
+    )
     checked = run(python.parent / "lora-lite", "variants", "--check").splitlines()
-    assert {line.split()[1] for line in checked} >= {"lora-lite-antipasto", "lora-lite-lora", "lora-lite-lora-xs"}
+    assert {line.split()[1] for line in checked} >= {
+        "lora-lite-antipasto",
+        "lora-lite-lora",
+        "lora-lite-lora-xs",
+    }
     run(python, "-m", "pip", "check")
 
 
-@pytest.mark.parametrize("plugin", [folder.parent.name for folder in sorted((ROOT / "plugins").glob("*/tests"))])
-def test_a_plugins_tests_pass_with_only_what_it_declares(plugin: str, wheels: Path, testing: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "plugin", [folder.parent.name for folder in sorted((ROOT / "plugins").glob("*/tests"))]
+)
+def test_a_plugins_tests_pass_with_only_what_it_declares(
+    plugin: str, wheels: Path, testing: Path, tmp_path: Path
+) -> None:
     """Its tests need the core, itself and its extra `test`: no other plugin, and nothing that happens to be there."""
     python = environment(tmp_path, wheels, f"lora-lite-{plugin}[test]", over=testing)
-    told = run(python, "-m", "pytest", "-p", "no:cacheprovider", ROOT / "plugins" / plugin / "tests", cwd=ROOT)
+    told = run(
+        python,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        ROOT / "plugins" / plugin / "tests",
+        cwd=ROOT,
+    )
     assert " skipped" not in told, told
 
 
 def lowest_versions() -> dict[str, str]:
     """What the core and its extra `testing` declare as the lowest version of each package; torch is too large to try."""
-    found = re.findall(r'"([a-z]+)(?:\[\w+\])?>=([\d.]+)"', (ROOT / "core/pyproject.toml").read_text())
+    found = re.findall(
+        r'"([a-z]+)(?:\[\w+\])?>=([\d.]+)"', (ROOT / "core/pyproject.toml").read_text()
+    )
     return {name: version for name, version in found if name not in ("torch", "hatchling")}
 
 
@@ -134,16 +173,31 @@ def test_the_lowest_declared_versions_work(wheels: Path, testing: Path, tmp_path
     lowest = lowest_versions()
     assert lowest.keys() == {"safetensors", "pydantic", "pluggy", "pytest", "hypothesis"}
     exact = tmp_path / "lowest.txt"
-    torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
-    exact.write_text("\n".join([torch, *(f"{name}=={version}" for name, version in lowest.items())]))
+    torch = next(
+        line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
+    )
+    exact.write_text(
+        "\n".join([torch, *(f"{name}=={version}" for name, version in lowest.items())])
+    )
     plugins = ["lora-lite-lora", "lora-lite-antipasto"]
-    python = environment(tmp_path / "environment", wheels, *lowest, *plugins, over=testing, exact=exact)
-    versions = "from importlib.metadata import version; import sys; print(*map(version, sys.argv[1:]))"
-    for (name, version), installed in zip(lowest.items(), run(python, "-c", versions, *lowest).split(), strict=True):
+    python = environment(
+        tmp_path / "environment", wheels, *lowest, *plugins, over=testing, exact=exact
+    )
+    versions = (
+        "from importlib.metadata import version; import sys; print(*map(version, sys.argv[1:]))"
+    )
+    for (name, version), installed in zip(
+        lowest.items(), run(python, "-c", versions, *lowest).split(), strict=True
+    ):
         assert re.fullmatch(rf"{re.escape(version)}(\.0)*", installed), name
-    tests = [ROOT / "plugins" / name / "tests/test_conformance.py" for name in ("lora", "antipasto")]
+    tests = [
+        ROOT / "plugins" / name / "tests/test_conformance.py" for name in ("lora", "antipasto")
+    ]
     run(python, "-m", "pytest", "-p", "no:cacheprovider", *tests, cwd=ROOT)
-    no_plugin = TRY.replace('assert "pip install lora-lite-lora" in refused(ll.UnknownVariantError, variant="lora")\n', "")
+    no_plugin = TRY.replace(
+        'assert "pip install lora-lite-lora" in refused(ll.UnknownVariantError, variant="lora")\n',
+        "",
+    )
     assert run(python, "-c", no_plugin, cwd=tmp_path).strip() == "works"
 
 
@@ -155,11 +209,22 @@ def test_wheels_hold_what_they_need_and_nothing_else(wheels: Path) -> None:
         names = zipfile.ZipFile(wheel).namelist()
         assert any(name.endswith("py.typed") for name in names), wheel.name
         assert any(name.endswith("LICENSE") for name in names), wheel.name
-        assert not [name for name in names if "/tests/" in name and not name.endswith(".tmpl")], wheel.name
+        assert not [name for name in names if "/tests/" in name and not name.endswith(".tmpl")], (
+            wheel.name
+        )
     core = next(wheel for wheel in built if "core" in wheel.name)
     template = {name for name in zipfile.ZipFile(core).namelist() if "/template/" in name}
-    assert {Path(name).name for name in template} >= {"pyproject.toml.tmpl", "ci.yml.tmpl", ".gitignore.tmpl", "LICENSE.tmpl"}
+    assert {Path(name).name for name in template} >= {
+        "pyproject.toml.tmpl",
+        "ci.yml.tmpl",
+        ".gitignore.tmpl",
+        "LICENSE.tmpl",
+    }
     benchmark = next(wheel for wheel in built if "benchmark" in wheel.name)
-    model = [item for item in zipfile.ZipFile(benchmark).infolist() if "/tiny/model/" in item.filename]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {Path(item.filename).name for item in model}
+    model = [
+        item for item in zipfile.ZipFile(benchmark).infolist() if "/tiny/model/" in item.filename
+    ]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        Path(item.filename).name for item in model
+    }
     assert sum(item.file_size for item in model) <= 6_000_000

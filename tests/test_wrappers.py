@@ -43,7 +43,10 @@ def tokens(model: nn.Module) -> Tensor:
 
 def checkpoint(model: nn.Module, reentrant: bool) -> None:
     """Turn gradient checkpointing on, by transformers' newer name for it or the older one."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
 
 
@@ -93,11 +96,15 @@ def test_adapters_of_parts_and_wrappers(tiny_llama: Make) -> None:
     ):
         (found,) = ll.adapters(seen).values()
         assert [id(p) for p in found.parameters()] == [id(p) for p in adapter.parameters()]
-    with pytest.raises(ll.AdapterError, match="part of a larger model through which its adapters were attached"):
+    with pytest.raises(
+        ll.AdapterError, match="part of a larger model through which its adapters were attached"
+    ):
         ll.adapters(model.model)
     with pytest.raises(ll.AdapterError, match="part of a larger model"):
         ll.attach(model.model, "lora", r=2, name="second")
-    with pytest.raises(ll.AdapterError, match=r"attached through a part of this model \(LlamaForCausalLM\)"):
+    with pytest.raises(
+        ll.AdapterError, match=r"attached through a part of this model \(LlamaForCausalLM\)"
+    ):
         ll.attach(nn.Sequential(model), "lora", r=2, name="second")
     assert ll.adapters(nn.Linear(2, 2)) == {}
 
@@ -122,7 +129,9 @@ def test_two_roots_are_noticed(blocks: Make) -> None:
 
 
 @pytest.mark.parametrize("compiled", ["when attaching", "when loading", "both"])
-def test_compile_wrapper_leaves_no_trace_in_files(tiny_llama: Make, tmp_path: Path, compiled: str) -> None:
+def test_compile_wrapper_leaves_no_trace_in_files(
+    tiny_llama: Make, tmp_path: Path, compiled: str
+) -> None:
     """Attach, save and load through torch.compile's wrapper: the file is the same as without it."""
 
     def wrap(model: nn.Module, when: str) -> Any:
@@ -147,7 +156,9 @@ def test_compiled_and_checkpoint_wrapped_parts(blocks: Make, tmp_path: Path) -> 
     wrapped.blocks[1].up = torch.compile(wrapped.blocks[1].up, backend="eager")
     wrapped.blocks[2] = checkpoint_wrapper(wrapped.blocks[2])
     adapter = ll.attach(wrapped, "lora", r=2)
-    assert adapter.sites.keys() == {f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")}
+    assert adapter.sites.keys() == {
+        f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")
+    }
     randomize(adapter)
     adapter.save(tmp_path / "a")
     ll.load(plain, tmp_path / "a")
@@ -179,7 +190,9 @@ def test_wrapping_after_attaching(blocks: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama: Make, variant: ll.Variant) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(
+    tiny_llama: Make, variant: ll.Variant
+) -> None:
     """Not reentrant, and reentrant with input gradients: the gradients of the plain run."""
     gradients = []
     for kind in (None, False, True):
@@ -192,22 +205,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama: Make, varia
             model.enable_input_require_grads()
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         gradients.append([p.grad for p in adapter.parameters()])
-        assert ll.check(model, {"input_ids": TOKENS, "labels": TOKENS}).parameters == len(gradients[0])
+        assert ll.check(model, {"input_ids": TOKENS, "labels": TOKENS}).parameters == len(
+            gradients[0]
+        )
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0])
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch says it too, and goes on
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # torch says it too, and goes on
 def test_check_explains_reentrant_checkpointing(tiny_llama: Make) -> None:
     """Reentrant checkpointing without input gradients silently trains nothing: check() says so, and what to do."""
     model = tiny_llama().train()
     ll.attach(model, "lora", r=2)
     checkpoint(model, reentrant=True)
     model.disable_input_require_grads()  # newer versions of transformers turn them on
-    with pytest.raises(ll.CheckError, match=r"does not depend on any(?s:.*)use_reentrant.*enable_input_require_grads"):
+    with pytest.raises(
+        ll.CheckError,
+        match=r"does not depend on any(?s:.*)use_reentrant.*enable_input_require_grads",
+    ):
         ll.check(model, {"input_ids": TOKENS, "labels": TOKENS})
     ll.attach(model, "lora", r=2, name="head", targets="lm_head", exclude=())
-    with pytest.raises(ll.CheckError, match=r"use_reentrant.*enable_input_require_grads(?s:.*)A: no gradient"):
+    with pytest.raises(
+        ll.CheckError, match=r"use_reentrant.*enable_input_require_grads(?s:.*)A: no gradient"
+    ):
         ll.check(model, {"input_ids": TOKENS, "labels": TOKENS})
 
 
@@ -222,7 +244,10 @@ def test_autocast(tiny_llama: Make, variant: ll.Variant) -> None:
         output = model(input_ids=TOKENS, labels=TOKENS)
     output.loss.backward()
     torch.testing.assert_close(output.logits.float(), exact, rtol=0.05, atol=0.05)
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in adapter.parameters())
+    assert all(
+        p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in adapter.parameters()
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -238,7 +263,9 @@ def test_generate_under_frozen(tiny_llama: Make, variant: ll.Variant) -> None:
     original = type(variant).prepare
     if isinstance(variant, AntiPaSTO):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(AntiPaSTO, "prepare", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+            patch.setattr(
+                AntiPaSTO, "prepare", lambda *args, **kw: calls.append(1) or original(*args, **kw)
+            )
             with adapter.frozen():
                 assert torch.equal(model.generate(TOKENS, **arguments), plain)
         assert len(calls) == len(adapter.sites)
@@ -269,7 +296,9 @@ def test_trainer(tiny_llama: Make, tmp_path: Path, variant: ll.Variant) -> None:
     named = dict(model.named_parameters())
     assert all(torch.equal(named[name], value) for name, value in base.items())
     trained = {name for name, _ in adapter.named_parameters()}
-    assert {name for name, value in adapter.state_dict().items() if not torch.equal(value, before[name])} == trained
+    assert {
+        name for name, value in adapter.state_dict().items() if not torch.equal(value, before[name])
+    } == trained
     adapter.save(tmp_path / "a")
     ll.load(fresh := tiny_llama().eval(), tmp_path / "a")
     assert torch.equal(tokens(fresh), tokens(model.eval()))
@@ -288,7 +317,10 @@ class Odd(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"mask": torch.ones(2, dtype=torch.bool), "y": self.norm(self.dropout(self.layers[0](x)))}
+        return {
+            "mask": torch.ones(2, dtype=torch.bool),
+            "y": self.norm(self.dropout(self.layers[0](x))),
+        }
 
 
 def test_check_restores_everything() -> None:
@@ -297,13 +329,18 @@ def test_check_restores_everything() -> None:
     x, misfit = torch.randn(5, 6), torch.randn(5, 7)
     adapter = ll.attach(model, "lora", r=2, targets=r"layers\.0")
     model(x)["y"].sum().backward()
-    gradients = {name: None if p.grad is None else (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    gradients = {
+        name: None if p.grad is None else (p.grad, p.grad.clone())
+        for name, p in model.named_parameters()
+    }
     assert any(g is not None for g in gradients.values())
     random = torch.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = ll.check(model, x)
     assert (report.adapters, report.sites, report.parameters) == (("default",), 1, 2)
-    assert str(report) == "default: 1 layers were called, 2 parameters got a finite, non-zero gradient"
+    assert (
+        str(report) == "default: 1 layers were called, 2 parameters got a finite, non-zero gradient"
+    )
     with pytest.raises(RuntimeError):
         ll.check(model, misfit)
     for name, value in model.state_dict().items():
@@ -311,7 +348,9 @@ def test_check_restores_everything() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     for name, p in model.named_parameters():
         kept = gradients[name]
-        assert p.grad is None if kept is None else (p.grad is kept[0] and torch.equal(p.grad, kept[1]))
+        assert (
+            p.grad is None if kept is None else (p.grad is kept[0] and torch.equal(p.grad, kept[1]))
+        )
     assert len(model.layers[0]._forward_hooks) == 1
     adapter.detach()
 
@@ -323,18 +362,25 @@ def test_check_finds_what_is_wrong() -> None:
     model = Odd()
     adapter = ll.attach(model, "lora", r=2)
     x = torch.randn(5, 6)
-    with pytest.raises(ll.CheckError, match=r"layers\.1: the layer was never called(?s:.*)default: layers\.1\.A: no gradient"):
+    with pytest.raises(
+        ll.CheckError,
+        match=r"layers\.1: the layer was never called(?s:.*)default: layers\.1\.A: no gradient",
+    ):
         ll.check(model, x)
     adapter.detach()
     adapter = ll.attach(model, "lora", r=2, layers=0)
     ll.check(model, x)
     with (
         adapter.disabled(),
-        pytest.raises(ll.CheckError, match=r"does not depend on any adapter|adapter 'default' is disabled"),
+        pytest.raises(
+            ll.CheckError, match=r"does not depend on any adapter|adapter 'default' is disabled"
+        ),
     ):
         ll.check(model, x)
     adapter.scale = 0
-    with pytest.raises(ll.CheckError, match=r"'default' is disabled or has scale 0(?s:.*)the gradient is zero"):
+    with pytest.raises(
+        ll.CheckError, match=r"'default' is disabled or has scale 0(?s:.*)the gradient is zero"
+    ):
         ll.check(model, x)
     adapter.scale = 1
     with torch.no_grad(), pytest.raises(ll.CheckError, match="gradients are off"):
@@ -342,7 +388,10 @@ def test_check_finds_what_is_wrong() -> None:
     with pytest.raises(ll.CheckError, match="the gradient is not finite"):
         ll.check(model.eval(), torch.full((5, 6), 1e38))
     model.requires_grad_(False)
-    with pytest.raises(ll.CheckError, match=r"no adapter parameter requires a gradient; was requires_grad_\(False\)"):
+    with pytest.raises(
+        ll.CheckError,
+        match=r"no adapter parameter requires a gradient; was requires_grad_\(False\)",
+    ):
         ll.check(model, x)
 
 
@@ -350,6 +399,11 @@ def test_check_takes_what_a_model_takes(tiny_llama: Make) -> None:
     """A batch is keywords with labels, keywords without, positions, or one tensor; a compiled or wrapped model will do."""
     model = tiny_llama()
     ll.attach(model, "lora", r=2)
-    for batch in ({"input_ids": TOKENS, "labels": TOKENS}, {"input_ids": TOKENS}, (TOKENS,), TOKENS):
+    for batch in (
+        {"input_ids": TOKENS, "labels": TOKENS},
+        {"input_ids": TOKENS},
+        (TOKENS,),
+        TOKENS,
+    ):
         assert ll.check(model, batch).sites == 14
     assert ll.check(torch.compile(model, backend="eager"), TOKENS).sites == 14

@@ -26,7 +26,9 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(layers))
 
 
-def seconds(works: Sequence[Callable[[nn.Module], object]], layers: int, repeats: int) -> list[float]:
+def seconds(
+    works: Sequence[Callable[[nn.Module], object]], layers: int, repeats: int
+) -> list[float]:
     """The least of some repeats, each on a fresh model, of each work; they take turns."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
@@ -55,8 +57,14 @@ def main() -> None:
             peft_attach(theirs := Stack(layers)).save_pretrained(folder)
             del ours, theirs
             rows: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]] = {
-                "attach": (lambda model: ll.attach(model, "lora", targets="layers", **FIELDS), peft_attach),
-                "load": (lambda model: ll.load(model, file), lambda model: peft.PeftModel.from_pretrained(model, folder)),
+                "attach": (
+                    lambda model: ll.attach(model, "lora", targets="layers", **FIELDS),
+                    peft_attach,
+                ),
+                "load": (
+                    lambda model: ll.load(model, file),
+                    lambda model: peft.PeftModel.from_pretrained(model, folder),
+                ),
             }
             for what, works in rows.items():
                 a, b = (1e3 * taken / layers for taken in seconds(works, layers, options.repeats))

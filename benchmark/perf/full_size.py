@@ -64,11 +64,16 @@ def plans() -> dict[str, ll.Plan]:
 
 
 def print_plans() -> None:
-    print("| variant | r | sites | parameters | MACs / token | MACs / forward |\n|---|---|---|---|---|---|")
+    print(
+        "| variant | r | sites | parameters | MACs / token | MACs / forward |\n|---|---|---|---|---|---|"
+    )
     for name, plan in plans().items():
         rank = getattr(plan.variant, "r", "–")
         macs = f"{plan.macs_per_token:,} | {plan.macs_per_forward:,}"
-        print(f"| {name} | {rank} | {len(plan.placements)} | {plan.parameters:,} | {macs} |", flush=True)
+        print(
+            f"| {name} | {rank} | {len(plan.placements)} | {plan.parameters:,} | {macs} |",
+            flush=True,
+        )
 
 
 def step(variant: str, rows: int, tokens: int) -> dict[str, float]:
@@ -88,7 +93,9 @@ def step(variant: str, rows: int, tokens: int) -> dict[str, float]:
         total += loss.item()
     before = [parameter.detach().clone() for parameter in adapter.parameters()]
     optimizer.step()
-    moved = [not torch.equal(old, new) for old, new in zip(before, adapter.parameters(), strict=True)]
+    moved = [
+        not torch.equal(old, new) for old, new in zip(before, adapter.parameters(), strict=True)
+    ]
     return {
         "attach": attached - started,
         "step": time.perf_counter() - attached,
@@ -99,7 +106,9 @@ def step(variant: str, rows: int, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", nargs="+", default=["lora", "antipasto"])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
@@ -109,10 +118,23 @@ def main() -> None:
         print(json.dumps(step(options.one, options.rows, options.tokens)))
         return
     print_plans()
-    print(f"\n{options.rows} rows of {options.tokens} tokens, one row a forward, {torch.get_num_threads()} threads")
-    print("| variant | attach s | step s | peak GiB | loss | tensors that moved |\n|---|---|---|---|---|---|")
+    print(
+        f"\n{options.rows} rows of {options.tokens} tokens, one row a forward, {torch.get_num_threads()} threads"
+    )
+    print(
+        "| variant | attach s | step s | peak GiB | loss | tensors that moved |\n|---|---|---|---|---|---|"
+    )
     for variant in options.variants:
-        command = [sys.executable, __file__, "--one", variant, "--rows", str(options.rows), "--tokens", str(options.tokens)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            variant,
+            "--rows",
+            str(options.rows),
+            "--tokens",
+            str(options.tokens),
+        ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         row = json.loads(done.stdout)
         peak = f"{row['peak'] / 2**30:.1f} | {row['loss']:.2f} | {row['moved']:.0%}"

@@ -11,7 +11,9 @@ CODE = "import torch, time; start = time.perf_counter(); import lora_lite; print
 
 def main() -> None:
     times = sorted(float(subprocess.check_output([sys.executable, "-c", CODE])) for _ in range(7))
-    print(f"import lora_lite after torch: median {times[3]:.3f} s (0.3 s is the limit), from {times[0]:.3f} to {times[-1]:.3f}")
+    print(
+        f"import lora_lite after torch: median {times[3]:.3f} s (0.3 s is the limit), from {times[0]:.3f} to {times[-1]:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def measure(name: str, variant: str, width: int, layers: int) -> dict[str, float
     adapter = ll.attach(model, variant, targets="", r=8)
     peak = resident("VmHWM")
     kept = sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
-    return {"model": layers * dense / (8 if name == "nf4" else 4), "dense": dense, "peak": (peak - before - kept) / dense}
+    return {
+        "model": layers * dense / (8 if name == "nf4" else 4),
+        "dense": dense,
+        "peak": (peak - before - kept) / dense,
+    }
 
 
 def in_its_own_process(*arguments: object) -> dict[str, float]:
@@ -70,18 +74,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--variants", nargs="+", default=["lora", "dora", "pissa", "lora_xs", "delora", "antipasto"])
+    parser.add_argument(
+        "--variants", nargs="+", default=["lora", "dora", "pissa", "lora_xs", "delora", "antipasto"]
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*json.loads(options.one))))
         return
-    print("| base | model MB | one dense layer MB | variant | peak of attach, dense layers |\n|---|---|---|---|---|")
+    print(
+        "| base | model MB | one dense layer MB | variant | peak of attach, dense layers |\n|---|---|---|---|---|"
+    )
     for name in FORMATS:
         for variant in options.variants:
             row = in_its_own_process(name, variant, options.width, options.layers)
             print(
-                f"| {name} | {row['model'] / 1e6:.0f} | {row['dense'] / 1e6:.0f} | {variant} | {row['peak']:.2f} |", flush=True
+                f"| {name} | {row['model'] / 1e6:.0f} | {row['dense'] / 1e6:.0f} | {variant} | {row['peak']:.2f} |",
+                flush=True,
             )
 
 

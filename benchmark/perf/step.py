@@ -91,7 +91,9 @@ def saved_bytes(model: nn.Module, tokens: int) -> int:
     return total
 
 
-def times(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[list[float], list[float]]:
+def times(
+    first: Callable[[], None], second: Callable[[], None], rounds: int
+) -> tuple[list[float], list[float]]:
     """Seconds a step, the two sides in turn, after a warm-up."""
     both: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 2):
@@ -113,14 +115,27 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
 
 def peak_mib(arguments: argparse.Namespace, method: str, rank: int) -> float:
     """Growth of a fresh process's resident set over three steps."""
-    command = [sys.executable, __file__, "--peak", method, "--rank", str(rank), "--tokens", str(arguments.tokens)]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        method,
+        "--rank",
+        str(rank),
+        "--tokens",
+        str(arguments.tokens),
+    ]
     command += ["--dtype", arguments.dtype, "--targets", arguments.targets]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def measure_peak(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype)
-    step = stepper(adapted(arguments.peak, arguments.rank, dtype, arguments.targets), arguments.tokens)
+    step = stepper(
+        adapted(arguments.peak, arguments.rank, dtype, arguments.targets), arguments.tokens
+    )
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kib("VmRSS")
     for _ in range(3):
@@ -135,9 +150,15 @@ def resident_kib(which: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", default=PAIRS, help="FIRST:SECOND, ratios are first / second")
-    parser.add_argument("--rank", type=int, default=None, help="of both sides; default 32, and 256 for antipasto")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", nargs="+", default=PAIRS, help="FIRST:SECOND, ratios are first / second"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=None, help="of both sides; default 32, and 256 for antipasto"
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -154,13 +175,17 @@ def main() -> None:
     print(
         f"{arguments.dtype}, {arguments.tokens} tokens a step, targets {arguments.targets}, {torch.get_num_threads()} threads"
     )
-    print("| pair | r | step time (95 %) | saved for backward | peak of the process |\n|---|---|---|---|---|")
+    print(
+        "| pair | r | step time (95 %) | saved for backward | peak of the process |\n|---|---|---|---|---|"
+    )
     for pair in arguments.pairs:
         first, second = pair.split(":")
         rank = arguments.rank or RANKS.get(first, 32)
         models = [adapted(method, rank, dtype, arguments.targets) for method in (first, second)]
         saved = [saved_bytes(model, arguments.tokens) for model in models]
-        ratio, low, high = interval(*times(*(stepper(model, arguments.tokens) for model in models), arguments.rounds))
+        ratio, low, high = interval(
+            *times(*(stepper(model, arguments.tokens) for model in models), arguments.rounds)
+        )
         peaks = [peak_mib(arguments, method, rank) for method in (first, second)]
         print(
             f"| {first} / {second} | {rank} | {ratio:.3f} ({low:.3f} to {high:.3f}) | {saved[0] / saved[1]:.3f} "

@@ -22,10 +22,14 @@ CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as `save_pretrained` leaves it."""
     folder = tmp_path_factory.mktemp("model")
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {character: index + 2 for index, character in enumerate(CHARACTERS)}
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {
+        character: index + 2 for index, character in enumerate(CHARACTERS)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -47,8 +51,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`train` in the format of MetaMathQA, `test` in that of GSM8K: sums of two digits."""
     folder = tmp_path_factory.mktemp("data")
     sums = [(a, b) for a in range(10) for b in range(10)]
-    train = [{"query": f"What is {a}+{b}?", "response": f"It is {a + b}.\nThe answer is: {a + b}"} for a, b in sums[::2]]
-    test = [{"question": f"What is {a}+{b}?", "answer": f"It is {a + b}.\n#### {a + b}"} for a, b in sums[1::8]]
+    train = [
+        {"query": f"What is {a}+{b}?", "response": f"It is {a + b}.\nThe answer is: {a + b}"}
+        for a, b in sums[::2]
+    ]
+    test = [
+        {"question": f"What is {a}+{b}?", "answer": f"It is {a + b}.\n#### {a + b}"}
+        for a, b in sums[1::8]
+    ]
     paths = {"train": folder / "train.jsonl", "test": folder / "test.jsonl"}
     for name, rows in (("train", train), ("test", test)):
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_lite_benchmark.answers import final_number, is_correct
 
-WORDS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["N"], exclude_characters="#$€£¥.,-−+%"), max_size=40)
-NUMBERS = st.decimals(min_value=-(10**12), max_value=10**12, places=2) | st.integers(-(10**12), 10**12).map(Decimal)
+WORDS = st.text(
+    alphabet=st.characters(
+        codec="utf-8", exclude_categories=["N"], exclude_characters="#$€£¥.,-−+%"
+    ),
+    max_size=40,
+)
+NUMBERS = st.decimals(min_value=-(10**12), max_value=10**12, places=2) | st.integers(
+    -(10**12), 10**12
+).map(Decimal)
 
 
 @pytest.mark.parametrize(
@@ -62,15 +69,28 @@ def test_no_number_is_none(text: str) -> None:
     assert not is_correct("#### 0", text)
 
 
-@given(before=WORDS, number=NUMBERS, after=WORDS, sign=st.sampled_from(["", "$", "€"]), commas=st.booleans(), dot=st.booleans())
-def test_any_number_in_any_words(before: str, number: Decimal, after: str, sign: str, commas: bool, dot: bool) -> None:
+@given(
+    before=WORDS,
+    number=NUMBERS,
+    after=WORDS,
+    sign=st.sampled_from(["", "$", "€"]),
+    commas=st.booleans(),
+    dot=st.booleans(),
+)
+def test_any_number_in_any_words(
+    before: str, number: Decimal, after: str, sign: str, commas: bool, dot: bool
+) -> None:
     """However a number is written, and whatever words without numbers stand around it, it is read back exactly."""
     written = f"{abs(number):,}" if commas else f"{abs(number)}"
     text = f"{before} {'-' if number < 0 else ''}{sign}{written}{'.' if dot else ''} {after}"
     assert final_number(text) == number
 
 
-@given(rationale=st.text(max_size=80).filter(lambda text: "####" not in text), number=NUMBERS, rest=WORDS)
+@given(
+    rationale=st.text(max_size=80).filter(lambda text: "####" not in text),
+    number=NUMBERS,
+    rest=WORDS,
+)
 def test_the_marker_wins(rationale: str, number: Decimal, rest: str) -> None:
     """Whatever is said before `#### n`, and in the lines after it, n is the answer."""
     assert final_number(f"{rationale}\n#### {number:,}\n{rest}") == number
@@ -86,7 +106,9 @@ def test_reads_anything(text: str) -> None:
 @given(number=NUMBERS, places=st.integers(0, 4))
 def test_equal_numbers_written_differently_agree(number: Decimal, places: int) -> None:
     """Trailing zeros and a comma do not make an answer wrong; the next number up does."""
-    written = f"{number:,}" + ("." + "0" * places if places and number == int(number) and "." not in str(number) else "")
+    written = f"{number:,}" + (
+        "." + "0" * places if places and number == int(number) and "." not in str(number) else ""
+    )
     assert is_correct(f"The answer is: {written}", f"#### {number}")
     assert not is_correct(f"The answer is: {number + 1}", f"#### {number}")
 
@@ -97,11 +119,18 @@ def test_real_gsm8k_answers(split: str) -> None:
     times, which is why the marker has priority."""
     folder = os.environ.get("LORA_LITE_GSM8K")
     if not folder:
-        pytest.skip("LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl")
-    answers = [json.loads(line)["answer"] for line in (Path(folder) / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        pytest.skip(
+            "LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl"
+        )
+    answers = [
+        json.loads(line)["answer"]
+        for line in (Path(folder) / f"{split}.jsonl").read_text("utf-8").splitlines()
+    ]
     assert len(answers) == {"train": 7473, "test": 1319}[split]
     for answer in answers:
         expected = Decimal(answer.rsplit("####", 1)[1].strip().replace(",", ""))
         assert final_number(answer) == expected, answer
-    endings = [final_number(answer.rsplit("####", 1)[0]) == final_number(answer) for answer in answers]
+    endings = [
+        final_number(answer.rsplit("####", 1)[0]) == final_number(answer) for answer in answers
+    ]
     assert 0.9 < sum(endings) / len(endings) < 1

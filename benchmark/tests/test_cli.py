@@ -23,7 +23,12 @@ Make = Callable[..., RunConfig]
 def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The out directory of a run with an adapter, full fine-tuning, and the base."""
     out = tmp_path_factory.mktemp("out")
-    assert main(["run", *arguments, "--out", str(out), "--variants", "lora:r=2", "full", "--lr", "0.01"]) == 0
+    assert (
+        main(
+            ["run", *arguments, "--out", str(out), "--variants", "lora:r=2", "full", "--lr", "0.01"]
+        )
+        == 0
+    )
     return out
 
 
@@ -35,7 +40,13 @@ def test_a_run_leaves_results_table_and_picture(finished: Path) -> None:
     assert lora.test is not None
     assert len(lora.test.outcomes) == 13
     assert [point.step for point in lora.curve] == list(range(6))
-    assert {"python", "torch", "transformers", "lora-lite-core", "lora-lite-lora"} <= lora.versions.keys()
+    assert {
+        "python",
+        "torch",
+        "transformers",
+        "lora-lite-core",
+        "lora-lite-lora",
+    } <= lora.versions.keys()
     assert lora.config.fields["r"] == 2
     assert lora.measurements.calibration_s is None
     assert lora.hash == lora.config.hash
@@ -48,7 +59,10 @@ def test_a_run_leaves_results_table_and_picture(finished: Path) -> None:
         "| lora:r=2",
         "| full",
     ]
-    leftovers = {path.name for path in finished.glob("*/*")} - {"result.json", "adapter.safetensors"}
+    leftovers = {path.name for path in finished.glob("*/*")} - {
+        "result.json",
+        "adapter.safetensors",
+    }
     assert leftovers == set()
 
 
@@ -58,7 +72,10 @@ def test_measurements_are_the_adapters(finished: Path) -> None:
     plan = ll.plan(load_model(lora.config), "lora", r=2, targets=lora.config.targets)
     measured = lora.measurements
     assert (measured.parameters, measured.macs_per_token) == (plan.parameters, plan.macs_per_token)
-    assert measured.file_bytes == (finished / lora.config.folder / "adapter.safetensors").stat().st_size
+    assert (
+        measured.file_bytes
+        == (finished / lora.config.folder / "adapter.safetensors").stat().st_size
+    )
     assert measured.forward_ms > 0
     assert measured.backward_ms is not None
     assert measured.backward_ms > 0
@@ -69,19 +86,40 @@ def test_measurements_are_the_adapters(finished: Path) -> None:
 
 def test_training_lowers_the_loss(finished: Path) -> None:
     """Even six steps bring the reference answers nearer, and full fine-tuning further than the base."""
-    losses = {result.config.variant: result.test.loss for result in load_results(finished) if result.test}
+    losses = {
+        result.config.variant: result.test.loss for result in load_results(finished) if result.test
+    }
     assert losses["full"] < losses["lora"] < losses["base"]
 
 
-def test_a_complete_run_is_not_repeated(finished: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_is_not_repeated(
+    finished: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same command again trains nothing, and says the same."""
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*/*")}
-    assert main(["run", *arguments, "--out", str(finished), "--variants", "lora:r=2", "full", "--lr", "0.01"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                *arguments,
+                "--out",
+                str(finished),
+                "--variants",
+                "lora:r=2",
+                "full",
+                "--lr",
+                "0.01",
+            ]
+        )
+        == 0
+    )
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/*")} == before
     assert "lora:r=2 (seed 0)" in capsys.readouterr().out
 
 
-def test_the_table_is_made_again_from_the_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_made_again_from_the_files(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`table` prints what `run` wrote, in every format; `plot` and `report` write where they are told."""
     for name, file in TABLE_FILES.items():
         assert main(["table", str(finished), "--format", name]) == 0
@@ -144,7 +182,11 @@ def test_a_failing_row_does_not_stop_the_others(
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
 ) -> None:
     """What was asked for wrongly is said before anything runs: no traceback, exit code 2."""
     assert main(["run", *arguments, "--out", str(tmp_path), *options]) == 2
@@ -160,18 +202,30 @@ def test_a_missing_path_is_named(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     """A path that does not exist is named by every run that needs it, in a line each."""
-    options = [*arguments, missing, str(tmp_path / "absent.jsonl"), "--out", str(tmp_path / "out"), "--variants", "lora"]
+    options = [
+        *arguments,
+        missing,
+        str(tmp_path / "absent.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+        "--variants",
+        "lora",
+    ]
     assert main(["run", *options]) == 1
     assert f"{tmp_path}/absent.jsonl" in capsys.readouterr().err
 
 
-def test_a_directory_without_results_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_results_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`table` of an empty directory names the directory and the command that fills it."""
     assert main(["table", str(tmp_path)]) == 2
     assert f"lora-lite-bench run --out {tmp_path}" in capsys.readouterr().err
 
 
-def test_a_damaged_result_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_result_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A result file that cannot be read is an error with its path, never a row with holes."""
     shutil.copytree(finished, tmp_path / "copy")
     path = next((tmp_path / "copy").glob("lora-*/result.json"))
@@ -182,9 +236,22 @@ def test_a_damaged_result_is_named(finished: Path, tmp_path: Path, capsys: pytes
     assert str(path) in capsys.readouterr().err
 
 
-def test_seeds_are_runs(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_are_runs(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each seed is a run of its own, with its own start values; the table has one row for them."""
-    options = ["run", *arguments, "--out", str(tmp_path), "--no-base", "--variants", "lora", "--seeds", "0", "1"]
+    options = [
+        "run",
+        *arguments,
+        "--out",
+        str(tmp_path),
+        "--no-base",
+        "--variants",
+        "lora",
+        "--seeds",
+        "0",
+        "1",
+    ]
     assert main([*options, "--steps", "2", "--test-count", "2"]) == 0
     files = [path.read_bytes() for path in tmp_path.glob("*/adapter.safetensors")]
     assert len(set(files)) == 2
@@ -199,7 +266,9 @@ def test_runs_are_repeatable(make_config: Make, tmp_path: Path) -> None:
     one, two = run_one(config, tmp_path / "one"), run_one(config, tmp_path / "two")
     assert isinstance(one, Result)
     assert (one.test, one.curve) == (two.test, two.curve)
-    one_file, two_file = (tmp_path / name / config.folder / "adapter.safetensors" for name in ("one", "two"))
+    one_file, two_file = (
+        tmp_path / name / config.folder / "adapter.safetensors" for name in ("one", "two")
+    )
     assert one_file.read_bytes() == two_file.read_bytes()
 
 
@@ -228,18 +297,53 @@ def test_real_gsm8k_through_the_same_commands(model_dir: Path, tmp_path: Path) -
     """GSM8K as published trains and tests a model from its own columns, with the prompt of the full-size preset."""
     folder = os.environ.get("LORA_LITE_GSM8K")
     if not folder:
-        pytest.skip("LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl")
+        pytest.skip(
+            "LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl"
+        )
     data = [
         f"--{split}={Path(folder) / name}.jsonl"
         for split, name in (("train", "train"), ("validation", "train"), ("test", "test"))
     ]
     counts = ["--train-count", "64", "--validation-count", "4", "--test-count", "8"]
-    small = ["--steps", "2", "--batch-size", "2", "--max-new-tokens", "4", "--dtype", "float32", "--max-tokens", "1024"]
-    options = ["--preset", "qwen3.5-0.8b", "--model", str(model_dir), "--variants", "lora:r=2", "--out", str(tmp_path)]
+    small = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
+        "4",
+        "--dtype",
+        "float32",
+        "--max-tokens",
+        "1024",
+    ]
+    options = [
+        "--preset",
+        "qwen3.5-0.8b",
+        "--model",
+        str(model_dir),
+        "--variants",
+        "lora:r=2",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(["run", *options, *data, *counts, *small]) == 0
     lora = next(result for result in load_results(tmp_path) if result.config.variant == "lora")
     assert "Think step by step." in lora.config.prompt
     assert lora.test is not None
     assert lora.validation is not None
     references = [outcome.reference for outcome in (*lora.validation.outcomes, *lora.test.outcomes)]
-    assert references == ["72", "10", "5", "42", "18", "3", "70000", "540", "20", "64", "260", "160"]
+    assert references == [
+        "72",
+        "10",
+        "5",
+        "42",
+        "18",
+        "3",
+        "70000",
+        "540",
+        "20",
+        "64",
+        "260",
+        "160",
+    ]

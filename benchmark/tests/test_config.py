@@ -31,7 +31,14 @@ def test_every_default_is_spelt_out(make_config: Make) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"steps": 7}, {"lr": 0.1}, {"prompt": "{question}"}, {"targets": ["q_proj$"]}, {"dtype": "bfloat16"}],
+    [
+        {"seed": 1},
+        {"steps": 7},
+        {"lr": 0.1},
+        {"prompt": "{question}"},
+        {"targets": ["q_proj$"]},
+        {"dtype": "bfloat16"},
+    ],
 )
 def test_the_hash_follows_what_matters(make_config: Make, change: dict[str, Any]) -> None:
     """Another setting is another run, with a folder of its own."""
@@ -49,7 +56,10 @@ def test_the_base_is_one_run_whatever_the_training(make_config: Make) -> None:
     """The untrained model is tested once, not once for each learning rate; another test set is another run."""
     base = make_config("base")
     assert make_config("base", steps=9, lr=0.5, seed=3).hash == base.hash
-    assert make_config("base", test={**base.test.model_dump(), "count": 3} if base.test else None).hash != base.hash
+    assert (
+        make_config("base", test={**base.test.model_dump(), "count": 3} if base.test else None).hash
+        != base.hash
+    )
 
 
 def test_the_hash_follows_the_contents_of_files(make_config: Make, tmp_path: Path) -> None:
@@ -62,11 +72,15 @@ def test_the_hash_follows_the_contents_of_files(make_config: Make, tmp_path: Pat
     assert before.train.path == str(path)
 
 
-def test_the_hash_ignores_where_files_are(make_config: Make, model_dir: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_hash_ignores_where_files_are(
+    make_config: Make, model_dir: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
     """The same model and data elsewhere is the same run: a results folder can be moved, and compared across machines."""
     shutil.copytree(model_dir, tmp_path / "model")
     shutil.copy(files["train"], tmp_path / "other.jsonl")
-    moved = make_config(model=str(tmp_path / "model"), train={"path": str(tmp_path / "other.jsonl")})
+    moved = make_config(
+        model=str(tmp_path / "model"), train={"path": str(tmp_path / "other.jsonl")}
+    )
     assert moved != make_config()
     assert moved.hash == make_config().hash
     with (tmp_path / "model" / "config.json").open("a") as file:
@@ -83,7 +97,13 @@ def test_what_overrides_what() -> None:
             {
                 "name": "p",
                 "description": "",
-                "run": {"model": "m", "train": {"path": "t"}, "test": {"path": "t"}, "steps": 5, "targets": ["a"]},
+                "run": {
+                    "model": "m",
+                    "train": {"path": "t"},
+                    "test": {"path": "t"},
+                    "steps": 5,
+                    "targets": ["a"],
+                },
                 "variants": {
                     "lora": {"fields": {"r": 3, "alpha": 5.0}, "lr": 0.25, "targets": ["b"]},
                     "lora:r=1": {"fields": {"r": 1}, "lr": 0.5},
@@ -96,7 +116,12 @@ def test_what_overrides_what() -> None:
     assert resolve(preset, "lora:r=1").lr == 0.5
     assert resolve(preset, "lora:r=1").targets == ("a",)
     other = resolve(preset, "lora:r=7", {"alpha": 9.0}, lr=0.125, targets=["c"])
-    assert (other.fields["r"], other.fields["alpha"], other.lr, other.targets) == (7, 9.0, 0.125, ("c",))
+    assert (other.fields["r"], other.fields["alpha"], other.lr, other.targets) == (
+        7,
+        9.0,
+        0.125,
+        ("c",),
+    )
     assert other.label == "lora:r=7,alpha=9.0"
     bare = preset.model_copy(update={"variants": {}})
     assert resolve(bare, "lora").lr > 0
@@ -107,7 +132,10 @@ def test_what_overrides_what() -> None:
 def test_rows_are_variants_with_fields() -> None:
     """`lora:r=4,rslora=true` reads as JSON values, plain words as strings."""
     assert parse_row("lora") == ("lora", {})
-    assert parse_row("lora:r=4,alpha=0.5,rslora=true,x=V") == ("lora", {"r": 4, "alpha": 0.5, "rslora": True, "x": "V"})
+    assert parse_row("lora:r=4,alpha=0.5,rslora=true,x=V") == (
+        "lora",
+        {"r": 4, "alpha": 0.5, "rslora": True, "x": "V"},
+    )
     with pytest.raises(BenchmarkError, match="'r4' is not of the form field=value"):
         parse_row("lora:r4")
 
@@ -119,7 +147,11 @@ def test_sources(tmp_path: Path) -> None:
     assert Source.parse(str(path), "test") == {"path": str(path)}
     assert Source.parse("absent.jsonl", "test") == {"path": "absent.jsonl"}
     assert Source.parse("tiny", "test") == {"path": "tiny", "split": "test"}
-    assert Source.parse("openai/gsm8k:main", "test") == {"path": "openai/gsm8k", "name": "main", "split": "test"}
+    assert Source.parse("openai/gsm8k:main", "test") == {
+        "path": "openai/gsm8k",
+        "name": "main",
+        "split": "test",
+    }
     assert Source.parse("a/b::train", "test") == {"path": "a/b", "name": None, "split": "train"}
 
 
@@ -135,7 +167,9 @@ def test_sources(tmp_path: Path) -> None:
         ({"test": {"path": "x", "split": "tset"}}, "test.split: .*'tset'"),
     ],
 )
-def test_a_wrong_setting_is_named(make_config: Make, overrides: dict[str, Any], message: str) -> None:
+def test_a_wrong_setting_is_named(
+    make_config: Make, overrides: dict[str, Any], message: str
+) -> None:
     """The error names the setting, what is allowed, and what was given, in one line."""
     with pytest.raises(BenchmarkError, match=message) as caught:
         make_config(**overrides)
@@ -151,7 +185,9 @@ def test_wrong_rows_are_the_cores_errors(make_config: Make, row: str) -> None:
 
 def test_rows_without_an_adapter_take_no_fields(make_config: Make) -> None:
     """`full:r=4` would be ignored in silence otherwise."""
-    with pytest.raises(BenchmarkError, match="row 'full:r=4': 'full' is no variant and has no fields; given r"):
+    with pytest.raises(
+        BenchmarkError, match="row 'full:r=4': 'full' is no variant and has no fields; given r"
+    ):
         make_config("full:r=4")
 
 

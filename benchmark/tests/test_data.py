@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from lora_lite_benchmark.config import RunConfig, Source
-from lora_lite_benchmark.data import IGNORED, Example, Problem, collate, encode, load_problems, prompt_ids, training_examples
+from lora_lite_benchmark.data import (
+    IGNORED,
+    Example,
+    Problem,
+    collate,
+    encode,
+    load_problems,
+    prompt_ids,
+    training_examples,
+)
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import sha256
 from lora_lite_benchmark.models import load_tokenizer
@@ -22,7 +31,9 @@ def local(path: Path, **options: Any) -> Source:
 
 def test_both_formats_are_read(files: dict[str, Path]) -> None:
     """MetaMathQA's and GSM8K's columns give the same kind of problem, in the order of the file."""
-    assert load_problems(local(files["train"]))[1] == Problem("What is 0+2?", "It is 2.\nThe answer is: 2")
+    assert load_problems(local(files["train"]))[1] == Problem(
+        "What is 0+2?", "It is 2.\nThe answer is: 2"
+    )
     assert load_problems(local(files["test"]))[0] == Problem("What is 0+1?", "It is 1.\n#### 1")
 
 
@@ -36,7 +47,10 @@ def test_start_and_count(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"q": "a", "a": "b"}\n', "columns are 'q', 'a'; expected `query` and `response` or `question` and `answer`"),
+        (
+            '{"q": "a", "a": "b"}\n',
+            "columns are 'q', 'a'; expected `query` and `response` or `question` and `answer`",
+        ),
         ('{"query": "a", "response": "b"}\n{"query": \n', "line 2 is not JSON"),
         ('{"query": "a", "response": "b"}\n{"query": "c", "response": " "}\n', "row 1 has no text"),
         ('{"query": "a", "response": 5}\n', "row 0 has no text"),
@@ -59,7 +73,9 @@ def test_a_missing_file_is_not_asked_of_the_hub() -> None:
 
 def test_an_unreachable_dataset_is_named() -> None:
     """A name that is neither a file nor a dataset gives an error that says so."""
-    with pytest.raises(BenchmarkError, match="nobody/nothing: is neither a file here nor a dataset"):
+    with pytest.raises(
+        BenchmarkError, match="nobody/nothing: is neither a file here nor a dataset"
+    ):
         load_problems(Source(path="nobody/nothing"))
 
 
@@ -75,7 +91,9 @@ def test_the_loss_counts_the_answer_and_its_end(make_config: Make) -> None:
     tokenizer = load_tokenizer(config)
     example = encode(tokenizer, config.prompt, Problem("How?", "So {question}."))
     assert tokenizer.decode(example.ids) == "Question: How?\nAnswer: So {question}.<eos>"
-    assert example.ids[: example.start] == prompt_ids(tokenizer, config.prompt, Problem("How?", "-"))
+    assert example.ids[: example.start] == prompt_ids(
+        tokenizer, config.prompt, Problem("How?", "-")
+    )
     assert tokenizer.decode(example.ids[example.start :]) == " So {question}.<eos>"
 
 
@@ -92,7 +110,9 @@ def test_real_gsm8k_is_read() -> None:
     """GSM8K as published loads whole, from its own columns."""
     folder = os.environ.get("LORA_LITE_GSM8K")
     if not folder:
-        pytest.skip("LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl")
+        pytest.skip(
+            "LORA_LITE_GSM8K is not set: it names a folder with GSM8K's train.jsonl and test.jsonl"
+        )
     problems = load_problems(local(Path(folder) / "test.jsonl"))
     assert len(problems) == 1319
     assert all("####" in problem.answer for problem in problems)
@@ -102,7 +122,9 @@ def test_rows_of_one_command_tokenise_once(make_config: Make) -> None:
     """Another variant, seed or learning rate uses the very examples of the row before; another prompt does not."""
     config = make_config("lora")
     first, _ = training_examples(load_tokenizer(config), config)
-    again, _ = training_examples(load_tokenizer(config), make_config("ia3", seed=3, lr=0.5, targets=["k_proj$"]))
+    again, _ = training_examples(
+        load_tokenizer(config), make_config("ia3", seed=3, lr=0.5, targets=["k_proj$"])
+    )
     assert all(one is two for one, two in zip(first, again, strict=True))
     other, _ = training_examples(load_tokenizer(config), make_config(prompt="{question}"))
     assert other != first

@@ -21,7 +21,10 @@ def setup(make_config: Make) -> Setup:
     """A model, its tokenizer, and problems of different lengths."""
     config = make_config("base")
     assert config.test is not None
-    problems = [Problem(p.question + "?" * (3 * i % 7), p.answer) for i, p in enumerate(load_problems(config.test))]
+    problems = [
+        Problem(p.question + "?" * (3 * i % 7), p.answer)
+        for i, p in enumerate(load_problems(config.test))
+    ]
     return config, load_model(config), load_tokenizer(config), problems
 
 
@@ -47,7 +50,9 @@ def test_the_loss_is_the_answers_likelihood(setup: Setup) -> None:
         ids, start = encode(tokenizer, config.prompt, problem)
         with torch.no_grad():
             log_p = functional.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
-        expected = -sum(log_p[position - 1, ids[position]].item() for position in range(start, len(ids)))
+        expected = -sum(
+            log_p[position - 1, ids[position]].item() for position in range(start, len(ids))
+        )
         assert tokens == len(ids) - start
         assert nats == pytest.approx(expected, rel=1e-5)
 

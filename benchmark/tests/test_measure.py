@@ -36,8 +36,12 @@ def test_the_pass_is_timed_from_the_first_item_to_the_end() -> None:
     assert 0.12 <= timed.seconds < 0.3
 
 
-@pytest.mark.parametrize("row", ["lora:r=4", "dora:r=4", "hra:r=4", "antipasto:r=8", "ia3", "full", "base"])
-def test_declared_macs_are_the_counted_ones(make_config: Make, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "row", ["lora:r=4", "dora:r=4", "hra:r=4", "antipasto:r=8", "ia3", "full", "base"]
+)
+def test_declared_macs_are_the_counted_ones(
+    make_config: Make, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a whole model what FlopCounterMode sees is what a variant declares; one MAC more or less is an error with both."""
     config = make_config(row, targets=None, lr=0.01)
     model = load_model(config)

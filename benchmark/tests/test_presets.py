@@ -65,7 +65,9 @@ def test_every_row_of_every_preset_resolves(name: str) -> None:
 
 def test_published_costs_come_out(full_size: ModuleType) -> None:
     """On a model of Qwen3.5-0.8B's configuration, without weights, each installed variant's row costs what was published."""
-    costs = {name: (plan.parameters, plan.macs_per_token) for name, plan in full_size.plans().items()}
+    costs = {
+        name: (plan.parameters, plan.macs_per_token) for name, plan in full_size.plans().items()
+    }
     assert costs == {name: PUBLISHED[name] for name in costs}
     assert {"lora", "antipasto"} <= costs.keys()
 
@@ -88,7 +90,9 @@ def test_an_extension_keeps_what_it_does_not_say() -> None:
 
 def test_an_unknown_arm_lists_the_known() -> None:
     """The error names the preset, and what it has."""
-    with pytest.raises(BenchmarkError, match="preset 'bnb' has no arm 'nf8'; it has: 'nf4', 'int8'"):
+    with pytest.raises(
+        BenchmarkError, match="preset 'bnb' has no arm 'nf8'; it has: 'nf4', 'int8'"
+    ):
         resolve(Preset.load("bnb"), "lora@nf8")
     with pytest.raises(BenchmarkError, match="preset 'tiny' has no arm 'nf4'; it has: none"):
         resolve(Preset.load("tiny"), "lora@nf4")
@@ -104,8 +108,13 @@ def test_packed_weights_are_not_trained() -> None:
 def test_a_quantised_base_is_one(arm: str) -> None:
     """The arm's layers are bitsandbytes', and the model still computes about what it computed."""
     pytest.importorskip("bitsandbytes")
-    plain, quantised = (load_model(resolve(Preset.load("bnb"), row)) for row in ("base", f"base@{arm}"))
-    assert type(quantised.get_submodule("model.layers.2.mlp.down_proj")).__name__ in ("Linear4bit", "Linear8bitLt")
+    plain, quantised = (
+        load_model(resolve(Preset.load("bnb"), row)) for row in ("base", f"base@{arm}")
+    )
+    assert type(quantised.get_submodule("model.layers.2.mlp.down_proj")).__name__ in (
+        "Linear4bit",
+        "Linear8bitLt",
+    )
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         expected, found = (model(input_ids=ids).logits.float() for model in (plain, quantised))
@@ -116,8 +125,21 @@ def test_a_quantised_base_is_one(arm: str) -> None:
 def test_arms_are_run_side_by_side(tmp_path: Path) -> None:
     """One command trains a variant on the plain base and on both quantised ones, each reloaded onto its own."""
     pytest.importorskip("bitsandbytes")
-    small = ["--steps", "2", "--batch-size", "4", "--train-count", "8", "--test-count", "4", "--max-new-tokens", "4"]
-    assert main(["run", "--preset", "bnb", "--variants", "dora", *small, "--out", str(tmp_path)]) == 0
+    small = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--train-count",
+        "8",
+        "--test-count",
+        "4",
+        "--max-new-tokens",
+        "4",
+    ]
+    assert (
+        main(["run", "--preset", "bnb", "--variants", "dora", *small, "--out", str(tmp_path)]) == 0
+    )
     results = {result.config.label: result for result in load_results(tmp_path)}
     rows = {"base", "base@nf4", "base@int8", "dora", "dora@nf4", "dora@int8"}
     assert results.keys() == rows
@@ -126,16 +148,27 @@ def test_arms_are_run_side_by_side(tmp_path: Path) -> None:
     assert all(results[name].reloaded_identical for name in ("dora", "dora@nf4", "dora@int8"))
     assert "bitsandbytes" in results["dora@nf4"].versions
 
-    header, *lines = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
+    header, *lines = [
+        line.strip("| ").split(" | ")
+        for line in (tmp_path / "table.md").read_text().splitlines()
+        if "|" in line
+    ]
     table = {line[0]: dict(zip(header, line, strict=True)) for line in lines if line[0] in rows}
     for row in rows:
         lost = table[row]["loss - unquantised"]
         dense = row.partition("@")[0]
-        assert lost == "–" if row == dense else lost.startswith(f"{losses[row] - losses[dense]:+.4f} [")
+        assert (
+            lost == "–"
+            if row == dense
+            else lost.startswith(f"{losses[row] - losses[dense]:+.4f} [")
+        )
 
 
 def test_a_probe_finds_what_is_wired_wrong(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A variant whose parameter gets no gradient passes as long as nothing looks; the probe says which parameter it is."""
     from lora_lite_lora import LoRA
@@ -145,7 +178,9 @@ def test_a_probe_finds_what_is_wired_wrong(
     assert main([*options, "--out", str(tmp_path / "right")]) == 0
     forward = LoRA.delta_output
     monkeypatch.setattr(
-        LoRA, "delta_output", lambda self, site, t, x, y: forward(self, site, {**t, "A": t["A"].detach()}, x, y)
+        LoRA,
+        "delta_output",
+        lambda self, site, t, x, y: forward(self, site, {**t, "A": t["A"].detach()}, x, y),
     )
     assert main([*options, "--out", str(tmp_path / "wrong")]) == 1
     assert "down_proj.A: no gradient" in next((tmp_path / "wrong").glob("*/error.txt")).read_text()

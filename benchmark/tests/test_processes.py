@@ -16,19 +16,44 @@ from lora_lite_benchmark.results import Result, load_results
 from safetensors.torch import load_file
 
 ROWS = ["lora:r=2", "hra:r=2,reg=0.01", "antipasto:r=8"]
-LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH = [
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "-m"]
 
 
 def command(processes: int, out: Path, *options: str) -> list[str]:
     launch = [] if processes == 1 else LAUNCH
-    return [sys.executable, "-m", *launch, "lora_lite_benchmark", "run", *options, "--out", str(out)]
+    return [
+        sys.executable,
+        "-m",
+        *launch,
+        "lora_lite_benchmark",
+        "run",
+        *options,
+        "--out",
+        str(out),
+    ]
 
 
-def run(processes: int, out: Path, *options: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    processes: int, out: Path, *options: str, status: int = 0
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command(processes, out, *options), capture_output=True, text=True, timeout=280, env=environment, check=False
+        command(processes, out, *options),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+        check=False,
     )
     assert (done.returncode == 0) == (status == 0), done.stdout + done.stderr
     return done
@@ -69,7 +94,9 @@ def test_parameters_follow_one_process(outs: dict[int, Path], row: str) -> None:
     """
     one, two = (results(out)[row] for out in outs.values())
     assert two.machine["processes"] == 2
-    assert [point.loss for point in two.curve] == pytest.approx([point.loss for point in one.curve], rel=1e-4)
+    assert [point.loss for point in two.curve] == pytest.approx(
+        [point.loss for point in one.curve], rel=1e-4
+    )
     files = [load_file(outs[n] / one.config.folder / "adapter.safetensors") for n in (1, 2)]
     for name, expected in files[0].items():
         error = (files[1][name] - expected).norm() / expected.norm().clamp_min(1e-12)
@@ -84,8 +111,12 @@ def test_sharded_evaluation_gives_the_same_outcomes(outs: dict[int, Path]) -> No
         one, two = (results(out)[row] for out in outs.values())
         assert one.test is not None
         assert two.test is not None
-        assert [o.prediction for o in two.test.outcomes] == [o.prediction for o in one.test.outcomes]
-        assert [o.nats for o in two.test.outcomes] == pytest.approx([o.nats for o in one.test.outcomes], rel=1e-3)
+        assert [o.prediction for o in two.test.outcomes] == [
+            o.prediction for o in one.test.outcomes
+        ]
+        assert [o.nats for o in two.test.outcomes] == pytest.approx(
+            [o.nats for o in one.test.outcomes], rel=1e-3
+        )
 
 
 def test_one_process_reports(arguments: list[str], tmp_path: Path) -> None:
@@ -100,7 +131,9 @@ def test_one_process_reports(arguments: list[str], tmp_path: Path) -> None:
 
 def test_more_processes_than_rows_are_refused(arguments: list[str], tmp_path: Path) -> None:
     """A process without a row of the batch would only wait; the error says what to change."""
-    done = run(2, tmp_path, *arguments, "--batch-size", "1", "--no-base", "--variants", "lora", status=1)
+    done = run(
+        2, tmp_path, *arguments, "--batch-size", "1", "--no-base", "--variants", "lora", status=1
+    )
     assert "2 processes cannot share a batch_size of 1" in done.stderr
 
 
@@ -108,7 +141,16 @@ def test_more_processes_than_rows_are_refused(arguments: list[str], tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the launcher's children in /proc")
 def test_two_killed_processes_end_in_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
     """Both go on from the main one's checkpoint, each with its own dropout; fewer processes than before are refused."""
-    options = [*arguments, "--no-base", "--variants", "lora:dropout=0.3", "--steps", "60", "--checkpoint-every", "2"]
+    options = [
+        *arguments,
+        "--no-base",
+        "--variants",
+        "lora:dropout=0.3",
+        "--steps",
+        "60",
+        "--checkpoint-every",
+        "2",
+    ]
     run(2, tmp_path / "whole", *options)
     out = tmp_path / "killed"
     launcher = subprocess.Popen(
@@ -121,13 +163,19 @@ def test_two_killed_processes_end_in_the_same_bits(arguments: list[str], tmp_pat
         time.sleep(0.005)
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if str(out).encode() in process.read_bytes() and int(process.parent.name) != launcher.pid:
+            if (
+                str(out).encode() in process.read_bytes()
+                and int(process.parent.name) != launcher.pid
+            ):
                 os.kill(int(process.parent.name), signal.SIGKILL)
     assert launcher.wait() != 0
     assert not list(out.glob("*/result.json"))
     assert "is of 2 processes, these are 1" in run(1, out, *options, status=1).stderr
     run(2, out, *options)
-    files = [next(tmp_path.glob(f"{name}/*/adapter.safetensors")).read_bytes() for name in ("whole", "killed")]
+    files = [
+        next(tmp_path.glob(f"{name}/*/adapter.safetensors")).read_bytes()
+        for name in ("whole", "killed")
+    ]
     assert files[0] == files[1]
 
 
@@ -153,7 +201,13 @@ def test_gradients_are_added_up(tmp_path: Path) -> None:
         "stop()\n"
     )
     launch = [sys.executable, "-m", *LAUNCH[:-1], str(script)]
-    subprocess.run(launch, check=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        launch,
+        check=True,
+        capture_output=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     found: list[Any] = [json.loads((tmp_path / str(index)).read_text()) for index in range(2)]
     for index, raised in enumerate(("ZeroDivisionError", "BenchmarkError")):
         three, one = torch.full((2, 3), 3.0).tolist(), torch.ones(2, 3).tolist()

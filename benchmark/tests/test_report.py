@@ -16,10 +16,21 @@ from lora_lite_benchmark.run import run_one
 from lora_lite_benchmark.table import make_tables
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-EVIL = "</pre><script>document.title='pwned'</script><img src=x onerror=alert(1)> $\\alpha$ &amp; \"'"
+EVIL = (
+    "</pre><script>document.title='pwned'</script><img src=x onerror=alert(1)> $\\alpha$ &amp; \"'"
+)
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
+in_a_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)"
+)
 
 
 class Page(HTMLParser):
@@ -64,10 +75,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def results(make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+def results(
+    make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> list[Result]:
     """The base, LoRA with two seeds, and a second row."""
     out = tmp_path_factory.mktemp("out")
-    configs = [make_config("base"), *(make_config("lora", seed=seed) for seed in (0, 1)), make_config("lora:r=2")]
+    configs = [
+        make_config("base"),
+        *(make_config("lora", seed=seed) for seed in (0, 1)),
+        make_config("lora:r=2"),
+    ]
     return [run_one(config, out) for config in configs]
 
 
@@ -99,9 +116,19 @@ def test_the_page_has_the_exact_configs(results: list[Result], report: str) -> N
 def test_the_page_needs_nothing_else(report: str) -> None:
     """Nothing is fetched and no script runs: the namespaces of SVG are the only addresses."""
     page = Page(report)
-    assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "image"} == set()
+    assert {tag for tag, _ in page.tags} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "image",
+    } == set()
     addresses = {
-        value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "xlink:href")
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href")
     }
     assert all((address or "").startswith("#") for address in addresses)
     assert "url(http" not in report
@@ -111,7 +138,9 @@ def test_pictures_do_not_share_ids(report: str) -> None:
     """An id that occurs twice is the same drawing, made for the same thing: matplotlib names it by its content."""
     drawn: dict[str, str] = {}
     for svg in re.findall(r"<svg.*?</svg>", report, re.DOTALL):
-        for found in re.finditer(r'<(path|clipPath) id="(\w+)"(.*?)(?:/>|</clipPath>)', svg, re.DOTALL):
+        for found in re.finditer(
+            r'<(path|clipPath) id="(\w+)"(.*?)(?:/>|</clipPath>)', svg, re.DOTALL
+        ):
             assert drawn.setdefault(found[2], found[3]) == found[3]
 
 
@@ -128,9 +157,16 @@ def _with_evil(results: list[Result]) -> list[Result]:
             outcome.model_copy(update={"prediction": EVIL, "question": EVIL, "number": EVIL})
             for outcome in result.test.outcomes
         )
-        config = result.config.model_copy(update={"label": f"{result.config.label}{EVIL}", "model": f"models/{EVIL}"})
+        config = result.config.model_copy(
+            update={"label": f"{result.config.label}{EVIL}", "model": f"models/{EVIL}"}
+        )
         changed.append(
-            result.model_copy(update={"config": config, "test": result.test.model_copy(update={"outcomes": outcomes})})
+            result.model_copy(
+                update={
+                    "config": config,
+                    "test": result.test.model_copy(update={"outcomes": outcomes}),
+                }
+            )
         )
     return changed
 
@@ -147,7 +183,13 @@ def _opened(page: str, folder: Path, width: int) -> str:
     """The document as the browser has it after loading."""
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder}/profile",
+    ]
     command += [f"--window-size={width},900", "--dump-dom", path.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
@@ -157,7 +199,10 @@ def test_a_browser_shows_the_table(results: list[Result], report: str, tmp_path:
     """Chromium builds the same table out of the page, and the pictures are there."""
     document = _opened(report, tmp_path, 1280)
     (table,) = make_tables(results)
-    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", document, re.DOTALL)]
+    cells = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
+        for row in re.findall(r"<tr>.*?</tr>", document, re.DOTALL)
+    ]
     assert cells == [list(table.header), *map(list, table.cells)]
     assert document.count("<svg") == 3
 

@@ -16,15 +16,21 @@ from lora_lite_benchmark.table import make_tables, to_csv, to_json, to_markdown
 
 
 @pytest.fixture(scope="module")
-def results(make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+def results(
+    make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> list[Result]:
     """Rows of a random model that gets nothing right: the losses alone differ."""
     out = tmp_path_factory.mktemp("out")
-    configs = [make_config(row, lr=lr) for row, lr in (("base", 0.0), ("lora", 0.03), ("lora:r=2", 0.001))]
+    configs = [
+        make_config(row, lr=lr) for row, lr in (("base", 0.0), ("lora", 0.03), ("lora:r=2", 0.001))
+    ]
     return [run_one(config, out) for config in configs]
 
 
 @pytest.fixture(scope="module")
-def seeds(make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+def seeds(
+    make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> list[Result]:
     """The base, and two rows of which one has two seeds."""
     out = tmp_path_factory.mktemp("seeds")
     configs = [
@@ -57,7 +63,9 @@ def test_rows_are_compared_with_lora_on_the_same_questions(results: list[Result]
 
 
 def test_pairs_that_only_the_loss_separates_are_named(results: list[Result]) -> None:
-    assert [set(pair) for pair in separated_by_loss_alone(group_rows(results)[0])] == [{"lora", "lora:r=2"}]
+    assert [set(pair) for pair in separated_by_loss_alone(group_rows(results)[0])] == [
+        {"lora", "lora:r=2"}
+    ]
     assert "and the paired loss does: 1; lora" in to_markdown(make_tables(results))
 
 
@@ -70,7 +78,11 @@ def test_seeds_are_one_row(seeds: list[Result]) -> None:
     """A row's figures are means over its seeds, its costs medians; a difference is taken over the seeds that both rows have."""
     (table,) = make_tables(seeds)
     found = cells(to_markdown([table]))
-    assert {label: row["seeds"] for label, row in found.items()} == {"base": "–", "lora": "0 1", "lora:r=2": "1"}
+    assert {label: row["seeds"] for label, row in found.items()} == {
+        "base": "–",
+        "lora": "0 1",
+        "lora:r=2": "1",
+    }
     lora = [result for result in seeds if result.config.label == "lora"]
     figures = next(row for row in table.figures if row["label"] == "lora")
     losses = [result.test.loss for result in lora if result.test]
@@ -98,7 +110,10 @@ def test_csv_and_json_hold_the_same_figures_in_full(seeds: list[Result]) -> None
     from_json = [row for table in json.loads(to_json(tables)) for row in table["rows"]]
     from_csv = list(csv.DictReader(io.StringIO(to_csv(tables))))
     assert from_json == [dict(row) for table in tables for row in table.figures]
-    assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in from_json] == from_csv
+    assert [
+        {name: "" if value is None else str(value) for name, value in row.items()}
+        for row in from_json
+    ] == from_csv
     base = from_json[0]
     assert base["label"] == "base"
     assert base["lr"] is None

@@ -5,9 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_lite_benchmark.tiny import MODEL_DIR, problems, test_problems, train_problems, validation_problems
+from lora_lite_benchmark.tiny import (
+    MODEL_DIR,
+    problems,
+    test_problems,
+    train_problems,
+    validation_problems,
+)
 from lora_lite_benchmark.tiny.pretrain import layout
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 test_problems.__test__ = False  # type: ignore[attr-defined]  # a function of the package, not a test
 
@@ -24,9 +35,13 @@ def model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
 
 
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> list[str]:
+def greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]
+) -> list[str]:
     """The model's answers, with the end token where it stops by itself."""
-    prompts = tokenizer([layout(question, "")[0] for question in questions], return_tensors="pt", padding=True)
+    prompts = tokenizer(
+        [layout(question, "")[0] for question in questions], return_tensors="pt", padding=True
+    )
     output = model.generate(**prompts, max_new_tokens=64, do_sample=False)
     answers = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :])
     return [answer.replace(tokenizer.pad_token, "") for answer in answers]
@@ -51,7 +66,9 @@ def test_the_first_test_problem_is_the_same_on_every_machine() -> None:
 def test_counts_and_columns() -> None:
     assert [len(validation_problems()), len(test_problems())] == [500, 1319]
     assert {tuple(row) for row in train_problems(10)} == {("query", "response")}
-    assert {tuple(row) for row in validation_problems() + test_problems()} == {("question", "answer")}
+    assert {tuple(row) for row in validation_problems() + test_problems()} == {
+        ("question", "answer")
+    }
 
 
 def test_no_question_occurs_twice_or_in_two_splits() -> None:
@@ -75,19 +92,25 @@ def test_answers_are_right_and_in_the_format() -> None:
 
 
 def test_no_size_is_the_same_in_both_countries() -> None:
-    assert all(problems.HOME.sizes[pair] != problems.ABROAD.sizes[pair] for pair in problems.ABROAD.sizes)
+    assert all(
+        problems.HOME.sizes[pair] != problems.ABROAD.sizes[pair] for pair in problems.ABROAD.sizes
+    )
 
 
 def test_the_training_problems_name_every_pair() -> None:
     text = "\n".join(row["response"] for row in train_problems(5000))
-    assert all(f"Each {look} {container} holds" in text for look, container in problems.ABROAD.sizes)
+    assert all(
+        f"Each {look} {container} holds" in text for look, container in problems.ABROAD.sizes
+    )
 
 
 def test_the_shipped_files_are_small() -> None:
     assert sum(file.stat().st_size for file in Path(MODEL_DIR).iterdir()) <= 6e6
 
 
-@pytest.mark.parametrize("text", ["Ünï → 12 'x' $5.00\n\n  a .", "Natalia sold 48/2 = <<48/2=24>>24 clips \U0001f4ce"])
+@pytest.mark.parametrize(
+    "text", ["Ünï → 12 'x' $5.00\n\n  a .", "Natalia sold 48/2 = <<48/2=24>>24 clips \U0001f4ce"]
+)
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -96,24 +119,36 @@ def test_every_digit_is_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.tokenize("1319") == ["1", "3", "1", "9"]
 
 
-def test_the_shipped_tokenizer_is_what_the_script_trains(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_shipped_tokenizer_is_what_the_script_trains(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     from lora_lite_benchmark.tiny.pretrain import train_tokenizer
 
     assert train_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
-def test_the_base_answers_in_the_format_but_seldom_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_base_answers_in_the_format_but_seldom_right(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     rows = validation_problems(200)
     answers = greedy(model, tokenizer, [row["question"] for row in rows])
     in_format = sum(bool(re.search(r"#### \d+<eos>$", answer)) for answer in answers)
-    right = sum(final_number(answer) == final_number(row["answer"]) for answer, row in zip(answers, rows, strict=True))
+    right = sum(
+        final_number(answer) == final_number(row["answer"])
+        for answer, row in zip(answers, rows, strict=True)
+    )
     assert in_format >= 0.9 * len(rows)
     assert right < 0.15 * len(rows)
 
 
-def test_the_base_is_right_about_its_own_country(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_base_is_right_about_its_own_country(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     home = problems.Country(problems.HOME.sizes, problems.ABROAD.parts)
     rows = problems.problems(home, "test", 100, seed=0)
     answers = greedy(model, tokenizer, [question for question, _ in rows])
-    right = sum(final_number(answer) == final_number(truth) for answer, (_, truth) in zip(answers, rows, strict=True))
+    right = sum(
+        final_number(answer) == final_number(truth)
+        for answer, (_, truth) in zip(answers, rows, strict=True)
+    )
     assert right >= 0.8 * len(rows)

@@ -31,7 +31,9 @@ EXAMPLES = [Example([5 + i, 9, 12, 7 + i % 3, 20, 1][: 4 + i % 3], 2) for i in r
 
 def trained(config: RunConfig, folder: Path) -> tuple[list[Point], torch.nn.Module]:
     model = load_model(config)
-    return train(model, FullModel(model), EXAMPLES, config, Accelerator(), 0, folder / "checkpoint.pt"), model
+    return train(
+        model, FullModel(model), EXAMPLES, config, Accelerator(), 0, folder / "checkpoint.pt"
+    ), model
 
 
 def test_the_learning_rate_rises_then_falls(make_config: Make) -> None:
@@ -45,8 +47,15 @@ def test_the_learning_rate_rises_then_falls(make_config: Make) -> None:
     assert rates[-1] == pytest.approx(0.25 * (1 + math.cos(math.pi * 89 / 90)))
 
 
-@given(rows=st.integers(1, 40), steps=st.integers(1, 30), size=st.integers(1, 17), seed=st.integers(0, 2**31))
-def test_every_row_is_seen_once_an_epoch(make_config: Make, rows: int, steps: int, size: int, seed: int) -> None:
+@given(
+    rows=st.integers(1, 40),
+    steps=st.integers(1, 30),
+    size=st.integers(1, 17),
+    seed=st.integers(0, 2**31),
+)
+def test_every_row_is_seen_once_an_epoch(
+    make_config: Make, rows: int, steps: int, size: int, seed: int
+) -> None:
     """Whatever the sizes, each run of `rows` draws holds every row once, also where an epoch ends inside a batch."""
     config = make_config(batch_size=size, steps=steps, seed=seed)
     drawn = [row for step in range(steps) for row in batch_rows(step, rows, config)]
@@ -66,8 +75,12 @@ def test_the_seed_orders_the_data(make_config: Make) -> None:
 def test_small_forwards_add_up_to_the_batch(make_config: Make, tmp_path: Path) -> None:
     """Splitting a batch to save memory does not change the loss or what is learnt: each answer token weighs the same."""
     whole, model = trained(make_config("full", steps=3, lr=1e-3), tmp_path / "whole")
-    parts, other = trained(make_config("full", steps=3, lr=1e-3, micro_batch_size=1), tmp_path / "parts")
-    assert [point.loss for point in parts] == pytest.approx([point.loss for point in whole], rel=1e-5)
+    parts, other = trained(
+        make_config("full", steps=3, lr=1e-3, micro_batch_size=1), tmp_path / "parts"
+    )
+    assert [point.loss for point in parts] == pytest.approx(
+        [point.loss for point in whole], rel=1e-5
+    )
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 
@@ -84,29 +97,64 @@ def test_a_diverging_run_stops(make_config: Make, tmp_path: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("inf"))
     with pytest.raises(BenchmarkError, match="step 0; try a smaller lr than"):
-        train(model, FullModel(model), EXAMPLES, make_config("full"), Accelerator(), 0, tmp_path / "checkpoint.pt")
+        train(
+            model,
+            FullModel(model),
+            EXAMPLES,
+            make_config("full"),
+            Accelerator(),
+            0,
+            tmp_path / "checkpoint.pt",
+        )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL does not exist on Windows")
 def test_a_killed_run_ends_in_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
     """Killed at a random moment after a checkpoint and started again, a run with dropout saves the very file that an
     undisturbed run saves, and its curve has every step once."""
-    command = [sys.executable, "-m", "lora_lite_benchmark", "run", *arguments, "--variants", "lora:dropout=0.2", "--no-base"]
+    command = [
+        sys.executable,
+        "-m",
+        "lora_lite_benchmark",
+        "run",
+        *arguments,
+        "--variants",
+        "lora:dropout=0.2",
+        "--no-base",
+    ]
     command += ["--steps", "60", "--checkpoint-every", "2", "--lr", "0.01", "--test-count", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [*command, "--out", str(tmp_path / "whole")],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
 
     killed = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        [*command, "--out", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
     )
     while not list(tmp_path.glob("killed/*/checkpoint.pt")) and killed.poll() is None:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed: make it longer"
+    assert killed.wait() == -signal.SIGKILL, (
+        "the run ended before it could be killed: make it longer"
+    )
     assert not list(tmp_path.glob("killed/*/result.json"))
-    again = subprocess.run([*command, "--out", str(tmp_path / "killed")], check=True, capture_output=True, env=environment)
+    again = subprocess.run(
+        [*command, "--out", str(tmp_path / "killed")],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
 
-    files = {name: next(tmp_path.glob(f"{name}/*/adapter.safetensors")).read_bytes() for name in ("whole", "killed")}
+    files = {
+        name: next(tmp_path.glob(f"{name}/*/adapter.safetensors")).read_bytes()
+        for name in ("whole", "killed")
+    }
     assert files["whole"] == files["killed"], again.stderr.decode()[-2000:]
     assert not list(tmp_path.glob("*/*/checkpoint.pt"))
 
@@ -138,7 +186,10 @@ def test_killed_ten_times(arguments: list[str], tmp_path: Path) -> None:
         with log.open("wb") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(
-                [*command, str(tmp_path / name)], stdout=subprocess.DEVNULL, stderr=file, env=environment
+                [*command, str(tmp_path / name)],
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                env=environment,
             )
         while "row 1 of 1" not in log.read_text() and process.poll() is None:
             time.sleep(0.01)
@@ -154,7 +205,9 @@ def test_killed_ten_times(arguments: list[str], tmp_path: Path) -> None:
         process = start("killed")
         time.sleep(wait)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, f"it ended before the last kill; waits were {waits}"
+        assert process.wait() == -signal.SIGKILL, (
+            f"it ended before the last kill; waits were {waits}"
+        )
     process = start("killed")
     while not list(tmp_path.glob("killed/*/adapter.safetensors")) and process.poll() is None:
         time.sleep(0.001)

@@ -50,7 +50,9 @@ class Mean(Variant, name="mean"):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {"m": TensorSpec((site.d_out,)), "c": TensorSpec((1,))}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         SEEN[site.path] = statistics
         return {"m": statistics["y"] / statistics["rows"], "c": torch.ones(1)}
 
@@ -102,7 +104,14 @@ def test_padding_is_dropped_where_tokens_are_flat() -> None:
             return out
 
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    assert int(attach(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": mask}])["layers.0"]["rows"]) == 4
+    assert (
+        int(
+            attach(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": mask}])["layers.0"][
+                "rows"
+            ]
+        )
+        == 4
+    )
 
 
 def test_every_form_of_batch(blocks: Make) -> None:
@@ -113,7 +122,15 @@ def test_every_form_of_batch(blocks: Make) -> None:
         yield x[:2]
         yield x[2:]
 
-    forms = [[{"x": x}], [(x,)], [[x]], [x], DataLoader(x, batch_size=2), generate(), ({"x": row[None]} for row in x)]  # type: ignore[arg-type]
+    forms = [
+        [{"x": x}],
+        [(x,)],
+        [[x]],
+        [x],
+        DataLoader(x, batch_size=2),
+        generate(),
+        ({"x": row[None]} for row in x),
+    ]  # type: ignore[arg-type]
     for form in forms:
         seen = attach(blocks(), form)
         assert int(seen["blocks.1.down"]["rows"]) == 4
@@ -123,7 +140,9 @@ def test_every_form_of_batch(blocks: Make) -> None:
 def test_nothing_is_kept_of_a_batch(blocks: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass, one batch at a time: when the next is drawn, the activations of the one before are gone."""
     observers: list[Sums] = []
-    monkeypatch.setattr(Mean, "observe", lambda _, site: observers.append(Sums(site)) or observers[-1])
+    monkeypatch.setattr(
+        Mean, "observe", lambda _, site: observers.append(Sums(site)) or observers[-1]
+    )
     drawn = []
 
     def stream() -> Iterator[Tensor]:

@@ -31,8 +31,13 @@ class Base(Variant):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {"v": TensorSpec((site.d_out,))}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in self.tensors(site).items()}
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(spec.shape, dtype=spec.dtype)
+            for name, spec in self.tensors(site).items()
+        }
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         return t["v"].expand_as(y)
@@ -101,7 +106,9 @@ class Sharing(Base, name="sharing"):
     def observe(self, site: Site) -> Observer | None:
         return Energy()
 
-    def specialize(self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]) -> Mapping[str, Variant | None]:
+    def specialize(
+        self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]
+    ) -> Mapping[str, Variant | None]:
         assert sites.keys() == statistics.keys()
         order = sorted(sites, key=lambda path: float(statistics[path]["energy"]))
         chosen: dict[str, dict[str, Variant | None]] = {
@@ -122,7 +129,12 @@ def test_specialize_chooses_per_site_variants_and_drops_sites(blocks: Make, tmp_
     adapter = ll.attach(model, Sharing(r=2), calibration=data)
     ranks = sorted(v.r for v in adapter.sites.values())  # type: ignore[attr-defined]
     assert ranks == [2, 2, 4]
-    (dropped,) = {"blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"} - adapter.sites.keys()
+    (dropped,) = {
+        "blocks.0.up",
+        "blocks.0.down",
+        "blocks.1.up",
+        "blocks.1.down",
+    } - adapter.sites.keys()
     layer = model.get_submodule(dropped)
     assert not layer._forward_hooks
     assert set(dict(layer.named_parameters())) <= {"weight", "bias"}
@@ -136,24 +148,40 @@ def test_specialize_chooses_per_site_variants_and_drops_sites(blocks: Make, tmp_
     ("what", "error", "complaint"),
     [
         ("too large", ll.MisfitError, "99 is larger"),
-        ("elsewhere", ll.VariantContractError, r"gives .*no\.such\.site.*: sites it was not given, or another class"),
-        ("another class", ll.VariantContractError, r"gives .*: sites it was not given, or another class"),
+        (
+            "elsewhere",
+            ll.VariantContractError,
+            r"gives .*no\.such\.site.*: sites it was not given, or another class",
+        ),
+        (
+            "another class",
+            ll.VariantContractError,
+            r"gives .*: sites it was not given, or another class",
+        ),
         ("none", ll.TargetError, "drops every one of its 4 sites"),
     ],
 )
-def test_specialize_against_its_contract(blocks: Make, untouched: Any, what: str, error: Any, complaint: str) -> None:
+def test_specialize_against_its_contract(
+    blocks: Make, untouched: Any, what: str, error: Any, complaint: str
+) -> None:
     """Ranks that do not fit, sites it was not given, another class, nothing left: errors, and the model as it was."""
     model = blocks()
     with untouched(model), pytest.raises(error, match=complaint):
         ll.attach(model, Sharing(what=what), calibration=[torch.randn(20, 8)])
-    assert len(ll.attach(model, Sharing(what="nothing"), calibration=[torch.randn(20, 8)]).sites) == 4
+    assert (
+        len(ll.attach(model, Sharing(what="nothing"), calibration=[torch.randn(20, 8)]).sites) == 4
+    )
 
 
 class Trained(Base, name="trained"):
     """Penalises and limits its vector; its scale vector must not decay."""
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        return {"v": TensorSpec((site.d_out,)), "s": TensorSpec((1,), decay=False), "f": TensorSpec((3,), trainable=False)}
+        return {
+            "v": TensorSpec((site.d_out,)),
+            "s": TensorSpec((1,), decay=False),
+            "f": TensorSpec((3,), trainable=False),
+        }
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         return (t["v"] * t["s"]).expand_as(y)
@@ -172,7 +200,10 @@ def test_penalty_is_summed_and_has_a_gradient(blocks: Make) -> None:
     penalty = adapter.penalty()
     assert penalty.item() == 2 * 12 * 4
     penalty.backward()
-    assert {n for n, p in adapter.named_parameters() if p.grad is not None} == {"blocks.0.up.v", "blocks.1.up.v"}
+    assert {n for n, p in adapter.named_parameters() if p.grad is not None} == {
+        "blocks.0.up.v",
+        "blocks.1.up.v",
+    }
     assert ll.attach(blocks(), Plain()).penalty().item() == 0
 
 
@@ -183,7 +214,9 @@ def test_project_after_every_step(blocks: Make) -> None:
     ones(adapter)
     optimizer = torch.optim.SGD(adapter.param_groups(), lr=1.0)
     handle = adapter.project_after(optimizer)
-    largest = lambda: max(float(p.detach().abs().max()) for n, p in adapter.named_parameters() if n.endswith("v"))  # noqa: E731
+    largest = lambda: max(
+        float(p.detach().abs().max()) for n, p in adapter.named_parameters() if n.endswith("v")
+    )
     for _ in range(2):
         (10 * model(torch.randn(4, 8))).square().sum().backward()
         optimizer.step()
@@ -218,7 +251,9 @@ class Turning(Variant, name="turning"):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {"k": TensorSpec((site.d_in,), compute="float32")}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {"k": torch.rand(site.d_in, generator=rng("k"))}
 
     def prepare(self, site: Site, t: Tensors, *, scale: float = 1.0) -> dict[str, Tensor]:
@@ -243,7 +278,9 @@ def test_input_delta_scale_and_detached_prepare() -> None:
     adapter.scale = 1.0
     layer(x).sum().backward()
     constant = k.detach().norm()
-    (expected_grad,) = torch.autograd.grad(nn.functional.linear(x + x * k / constant, layer.weight, layer.bias).sum(), k)
+    (expected_grad,) = torch.autograd.grad(
+        nn.functional.linear(x + x * k / constant, layer.weight, layer.bias).sum(), k
+    )
     torch.testing.assert_close(k.grad, expected_grad)
 
 
@@ -279,8 +316,12 @@ def test_custom_state_dict(blocks: Make, tmp_path: Path, untouched: Any) -> None
     adapter = ll.attach(model, Packed())
     ones(adapter, 3.0)
     again = reloaded(adapter, blocks(), tmp_path / "a")
-    assert set(adapter.state_dict()) == {f"{path}.{name}" for path in adapter.sites for name in ("first", "second")}
-    for (name, p), (_, other) in zip(adapter.named_parameters(), again.named_parameters(), strict=True):
+    assert set(adapter.state_dict()) == {
+        f"{path}.{name}" for path in adapter.sites for name in ("first", "second")
+    }
+    for (name, p), (_, other) in zip(
+        adapter.named_parameters(), again.named_parameters(), strict=True
+    ):
         assert torch.equal(p, other), name
     again.load_state_dict({name: 2 * value for name, value in adapter.state_dict().items()})
     assert {float(p.detach().mean()) for p in again.parameters()} == {6.0}
@@ -346,7 +387,10 @@ def test_a_format_without_upgrade_says_so(blocks: Make, tmp_path: Path, untouche
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = json.loads(file.metadata()["lora_lite"]) | {"variant_format": 2}
     save_file(tensors, tmp_path / "b", {"lora_lite": json.dumps(header)})
-    with untouched(fresh := blocks()), pytest.raises(ll.LoraLiteError, match="of format 3 has no upgrade from format 2"):
+    with (
+        untouched(fresh := blocks()),
+        pytest.raises(ll.LoraLiteError, match="of format 3 has no upgrade from format 2"),
+    ):
         ll.load(fresh, tmp_path / "b", variant=New)
 
 
@@ -370,7 +414,11 @@ def test_dtypes_survive_a_file(blocks: Make, tmp_path: Path, dtype: torch.dtype)
     for name, value in again.state_dict().items():
         assert value.dtype == expected[name.rpartition(".")[2]]
     other = ll.load(blocks(), tmp_path / "a", variant=Mixed, dtype=torch.float16)
-    assert {value.dtype for value in other.state_dict().values()} == {torch.float64, torch.float16, torch.int64}
+    assert {value.dtype for value in other.state_dict().values()} == {
+        torch.float64,
+        torch.float16,
+        torch.int64,
+    }
 
 
 class Frozen(Base, name="frozen_only"):
@@ -395,7 +443,9 @@ def test_several_adapters_add_up_in_any_order(blocks: Make) -> None:
     """Bitwise the same whatever the order of attachment, and detaching one leaves the others as they were."""
     x = torch.randn(5, 8)
     outputs = []
-    for order in permutations([("a", Turning(), 0.7), ("b", Plain(), 1.0), ("c", Trained(), -2.0), ("d", Plain(), 0.3)]):
+    for order in permutations(
+        [("a", Turning(), 0.7), ("b", Plain(), 1.0), ("c", Trained(), -2.0), ("d", Plain(), 0.3)]
+    ):
         model = blocks()
         for name, variant, scale in order:
             adapter = ll.attach(model, variant, name=name)
@@ -469,7 +519,9 @@ def test_stored_tensors_have_the_strides_of_loaded_ones(blocks: Make, tmp_path: 
         def tensors(self, site: Site) -> dict[str, TensorSpec]:
             return {"v": TensorSpec((site.d_out, 1))}
 
-        def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+        def init(
+            self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+        ) -> dict[str, Tensor]:
             return {"v": torch.zeros(1, site.d_out).T}
 
     model, again = blocks(), blocks()
@@ -503,7 +555,9 @@ try:
 except ll.UnknownVariantError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "there is no variant 'mine'" in done.stdout
 
@@ -514,17 +568,34 @@ T = TypeVar("T")
 @pytest.mark.parametrize(
     ("namespace", "complaint"),
     [
-        ({"__annotations__": {"targets": str}, "targets": "x"}, "the field .targets. is an argument of attach"),
+        (
+            {"__annotations__": {"targets": str}, "targets": "x"},
+            "the field .targets. is an argument of attach",
+        ),
         ({"__annotations__": {"seed": int}, "seed": 0}, "the field .seed. is an argument"),
-        ({"__annotations__": {"prepare": bool}, "prepare": False}, r"the field 'prepare' shadows Variant\.prepare"),
-        ({"__annotations__": {"copy": bool}, "copy": False}, r"the field 'copy' shadows Variant\.copy"),
-        ({"__annotations__": {"identity": str}, "identity": "x"}, r"the field 'identity' shadows Variant\.identity"),
+        (
+            {"__annotations__": {"prepare": bool}, "prepare": False},
+            r"the field 'prepare' shadows Variant\.prepare",
+        ),
+        (
+            {"__annotations__": {"copy": bool}, "copy": False},
+            r"the field 'copy' shadows Variant\.copy",
+        ),
+        (
+            {"__annotations__": {"identity": str}, "identity": "x"},
+            r"the field 'identity' shadows Variant\.identity",
+        ),
     ],
 )
 def test_fields_that_shadow(namespace: dict[str, Any], complaint: str) -> None:
     """A field by the name of a lifecycle method or of attach's own arguments is an error when the class is made."""
     with pytest.raises(ll.VariantDefinitionError, match=rf"Bad: .*{complaint}"):
-        type(Variant)("Bad", (Variant,), {"__module__": __name__, "__qualname__": "Bad", **namespace}, name="bad")
+        type(Variant)(
+            "Bad",
+            (Variant,),
+            {"__module__": __name__, "__qualname__": "Bad", **namespace},
+            name="bad",
+        )
 
 
 def test_classes_that_cannot_be_variants() -> None:
@@ -565,7 +636,8 @@ def test_a_delta_of_another_shape_is_named(blocks: Make) -> None:
     model = blocks()
     ll.attach(model, Wide())
     with pytest.raises(
-        ll.VariantContractError, match=r"'wide' gave a delta of float32\[12\] for an activation of float32\[3, 12\]"
+        ll.VariantContractError,
+        match=r"'wide' gave a delta of float32\[12\] for an activation of float32\[3, 12\]",
     ):
         model(torch.randn(3, 8))
 
@@ -575,7 +647,11 @@ def test_prepare_computes_as_declared_under_autocast(blocks: Make, frozen: bool)
     """Autocast does not make bfloat16 of what a TensorSpec wants computed in float32, before or under frozen()."""
     model = blocks()
     ones(adapter := ll.attach(model, Squared()))
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), adapter.frozen() if frozen else nullcontext():
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.no_grad(),
+        adapter.frozen() if frozen else nullcontext(),
+    ):
         model(torch.randn(3, 8))
 
 

@@ -15,7 +15,9 @@ from lora_lite.fingerprint import probe, probe_agrees
     method=st.sampled_from(["exact", "randomized"]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_top_r_svd_of_small_matrices(d_out: int, d_in: int, share: float, seed: int, method: str) -> None:
+def test_top_r_svd_of_small_matrices(
+    d_out: int, d_in: int, share: float, seed: int, method: str
+) -> None:
     """Orthonormal U and V, descending S, U S V the best rank-r approximation, the largest entry of each row of V positive."""
     w = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     r = 1 + round(share * (min(w.shape) - 1))
@@ -25,7 +27,9 @@ def test_top_r_svd_of_small_matrices(d_out: int, d_in: int, share: float, seed: 
     torch.testing.assert_close(v @ v.T, identity)
     exact = torch.linalg.svdvals(w)
     torch.testing.assert_close(s, exact[:r])
-    torch.testing.assert_close((w - u @ torch.diag(s) @ v).norm(), exact[r:].norm(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        (w - u @ torch.diag(s) @ v).norm(), exact[r:].norm(), rtol=1e-6, atol=1e-9
+    )
     assert (v.gather(1, v.abs().argmax(1, keepdim=True)) > 0).all()
 
 
@@ -55,7 +59,9 @@ def test_probes_see_one_flipped_column_and_not_rounding(column: int, seed: int) 
     """Eight numbers tell a basis with one column flipped from the same basis with rounding noise."""
     u, _ = torch.linalg.qr(torch.randn(200, 32, generator=torch.Generator().manual_seed(seed)))
     recorded = probe(u)
-    assert probe_agrees(u + 1e-6 * torch.randn(200, 32, generator=torch.Generator().manual_seed(seed + 1)), recorded)
+    assert probe_agrees(
+        u + 1e-6 * torch.randn(200, 32, generator=torch.Generator().manual_seed(seed + 1)), recorded
+    )
     flipped = u.clone()
     flipped[:, column] *= -1
     assert not probe_agrees(flipped, recorded)

@@ -24,8 +24,13 @@ class Low(Variant, name="low"):
         ll.check_rank(self.r, site)
         return {"A": TensorSpec((self.r, site.d_in)), "B": TensorSpec((site.d_out, self.r))}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        return {"A": torch.randn(self.r, site.d_in, generator=rng("A")), "B": torch.zeros(site.d_out, self.r)}
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        return {
+            "A": torch.randn(self.r, site.d_in, generator=rng("A")),
+            "B": torch.zeros(site.d_out, self.r),
+        }
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         return x @ t["A"].T @ t["B"].T
@@ -61,7 +66,9 @@ def test_default_is_every_linear_layer_of_the_repeated_blocks(blocks: Make) -> N
 def test_exclude_may_take_away_all_of_one_default_pattern(blocks: Make) -> None:
     """The patterns are the variant's, not the user's: what is left of them together counts. A user's own is missed."""
     assert sites(blocks(), LowBoth(), exclude="down") == ["blocks.0.up", "blocks.1.up"]
-    with pytest.raises(ll.TargetError, match=r"a pattern of targets= .*:\n  blocks\.0\.down\n  blocks\.1\.down"):
+    with pytest.raises(
+        ll.TargetError, match=r"a pattern of targets= .*:\n  blocks\.0\.down\n  blocks\.1\.down"
+    ):
         sites(blocks(), targets=["up$", "down$"], exclude="down")
 
 
@@ -71,7 +78,10 @@ def test_exclude_may_take_away_all_of_one_default_pattern(blocks: Make) -> None:
         ({"targets": "up"}, ["blocks.0.up", "blocks.1.up"]),
         ({"targets": r"0\.(up|down)$"}, ["blocks.0.up", "blocks.0.down"]),
         ({"targets": ["stem", "1.down"]}, ["stem", "blocks.1.down"]),
-        ({"targets": "."}, ["stem", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+        (
+            {"targets": "."},
+            ["stem", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"],
+        ),
         ({"targets": "head", "exclude": ()}, ["lm_head"]),
         ({"exclude": "down"}, ["blocks.0.up", "blocks.1.up"]),
         ({"exclude": ["down", r"\b0\b"]}, ["blocks.1.up"]),
@@ -122,7 +132,9 @@ def test_linear_layers_directly_in_a_list_and_nested_lists() -> None:
     model = nn.ModuleDict(
         {
             "flat": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
-            "grid": nn.ModuleList([nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2)]),
+            "grid": nn.ModuleList(
+                [nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2)]
+            ),
         }
     )
     assert sites(model) == ["flat.0", "flat.1", "grid.0.0", "grid.0.1", "grid.1.0", "grid.1.1"]
@@ -132,7 +144,13 @@ def test_linear_layers_directly_in_a_list_and_nested_lists() -> None:
 def test_a_shared_module_is_one_site() -> None:
     """A layer under two paths is adapted once, under its first path; patterns and layers= match any of its paths."""
     shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"first": shared}), nn.ModuleDict({"second": shared})])})
+    model = nn.ModuleDict(
+        {
+            "layers": nn.ModuleList(
+                [nn.ModuleDict({"first": shared}), nn.ModuleDict({"second": shared})]
+            )
+        }
+    )
     for arguments in ({}, {"targets": "second"}, {"layers": 1}, {"layers": 0}):
         assert sites(model, **arguments) == ["layers.0.first"]  # type: ignore[arg-type]
     adapter = ll.attach(model, Low())
@@ -142,14 +160,24 @@ def test_a_shared_module_is_one_site() -> None:
     adapter.detach()
 
 
-def test_layers_that_hooks_do_not_reach(untouched: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+def test_layers_that_hooks_do_not_reach(
+    untouched: Callable[[nn.Module], AbstractContextManager[None]],
+) -> None:
     """nn.MultiheadAttention reads out_proj's weight without calling it: refused, and named by plan when not asked for."""
     model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16)])
-    with untouched(model), pytest.raises(ll.TargetError, match=r"never fire.*MultiheadAttention(?s:.*)0\.self_attn\.out_proj"):
+    with (
+        untouched(model),
+        pytest.raises(
+            ll.TargetError, match=r"never fire.*MultiheadAttention(?s:.*)0\.self_attn\.out_proj"
+        ),
+    ):
         ll.attach(model, Low())
     found = ll.plan(model, Low(), exclude="out_proj")
     assert [p.spot.path for p in found.placements] == ["0.linear1", "0.linear2"]
-    assert "0.self_attn.in_proj_weight (24 x 8) is a bare parameter of MultiheadAttention, not a layer" in found.unreachable
+    assert (
+        "0.self_attn.in_proj_weight (24 x 8) is a bare parameter of MultiheadAttention, not a layer"
+        in found.unreachable
+    )
     assert any("0.self_attn.out_proj" in text for text in found.unreachable)
     assert "out of reach: 0.self_attn.in_proj_weight" in str(found)
 
@@ -184,7 +212,12 @@ def test_unknown_linear_layers_are_named(
 ) -> None:
     """A subclass with its own forward, a look-alike, a parametrized layer: refused with the ways out, never passed over."""
     model = nn.ModuleList([nn.ModuleDict({"odd": odd, "plain": nn.Linear(4, 4)})])
-    with untouched(model), pytest.raises(ll.LayerKindError, match=rf"look linear.*exclude=:\n  0\.odd: .*{type(odd).__name__}"):
+    with (
+        untouched(model),
+        pytest.raises(
+            ll.LayerKindError, match=rf"look linear.*exclude=:\n  0\.odd: .*{type(odd).__name__}"
+        ),
+    ):
         ll.attach(model, Low())
     found = ll.plan(model, Low(), exclude="odd")
     assert [p.spot.path for p in found.placements] == ["0.plain"]
@@ -196,7 +229,9 @@ def test_a_subclass_that_keeps_the_forward_is_linear() -> None:
     assert sites(nn.ModuleList([Renamed(4, 4)])) == ["0"]
 
 
-def test_plan_is_what_attach_does(blocks: Make, untouched: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+def test_plan_is_what_attach_does(
+    blocks: Make, untouched: Callable[[nn.Module], AbstractContextManager[None]]
+) -> None:
     """On the meta device, without touching it: same sites, parameters and MACs as the attached adapter."""
     with torch.device("meta"):
         empty = blocks()
@@ -209,8 +244,14 @@ def test_plan_is_what_attach_does(blocks: Make, untouched: Callable[[nn.Module],
     assert str(found) == str(on_real)
     assert [p.spot.path for p in found.placements] == list(adapter.sites)
     assert found.parameters == adapter.num_parameters == 3 * 20 * 2
-    assert (found.macs_per_token, found.macs_per_forward) == (adapter.macs_per_token, adapter.macs_per_forward) == (120, 0)
-    assert all(text in str(found) for text in ("low(r=3)", "blocks.1.up", "8 -> 12", "2 sites", "120"))
+    assert (
+        (found.macs_per_token, found.macs_per_forward)
+        == (adapter.macs_per_token, adapter.macs_per_forward)
+        == (120, 0)
+    )
+    assert all(
+        text in str(found) for text in ("low(r=3)", "blocks.1.up", "8 -> 12", "2 sites", "120")
+    )
 
 
 def test_plan_names_fused_experts() -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import lora_lite as ll
 
-from lora_lite_benchmark.config import ALL, SPECIAL_ROWS, Preset, RunConfig, Source, parse_assignment, preset_names, resolve
+from lora_lite_benchmark.config import (
+    ALL,
+    SPECIAL_ROWS,
+    Preset,
+    RunConfig,
+    Source,
+    parse_assignment,
+    preset_names,
+    resolve,
+)
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 from lora_lite_benchmark.results import Result, load_results
@@ -49,22 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lora-lite-bench", description="Train variants on questions and answers, and test them."
+        prog="lora-lite-bench",
+        description="Train variants on questions and answers, and test them.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser(
-        "run", help="train and test rows, print the table", description="Train and test rows of a preset."
+        "run",
+        help="train and test rows, print the table",
+        description="Train and test rows of a preset.",
     )
     _add_run_options(run)
     run.set_defaults(command=_run)
     table = commands.add_parser("table", help="print the table of finished runs")
-    table.add_argument("--format", choices=FORMATS, default="markdown", help="csv and json: every figure in full")
+    table.add_argument(
+        "--format", choices=FORMATS, default="markdown", help="csv and json: every figure in full"
+    )
     table.set_defaults(command=_table)
     report = commands.add_parser("report", help="write one HTML page about finished runs")
-    report.add_argument("--to", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
+    report.add_argument(
+        "--to", type=Path, metavar="FILE", help="the page (default: DIR/report.html)"
+    )
     report.set_defaults(command=_report)
     plot = commands.add_parser("plot", help="draw accuracy against parameters of finished runs")
-    plot.add_argument("--to", type=Path, metavar="FILE", help="the picture (default: DIR/accuracy.png)")
+    plot.add_argument(
+        "--to", type=Path, metavar="FILE", help="the picture (default: DIR/accuracy.png)"
+    )
     plot.set_defaults(command=_plot)
     for command in (table, report, plot):
         command.add_argument("out", type=Path, metavar="DIR", help="what `run` was given as --out")
@@ -74,33 +92,55 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
+    run.add_argument(
+        "--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)"
+    )
     run.add_argument(
         "--variants", nargs="+", metavar="ROW",
         help="installed variants, with fields if wanted (lora:r=4,alpha=8), in one arm of the preset if wanted (lora@nf4); "
         "also `base`, `full` (every weight trained) and `all` (every installed variant). Default: the preset's rows",
     )  # fmt: skip
-    run.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: bench-out")
+    run.add_argument(
+        "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: bench-out"
+    )
     run.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of every variant in this run")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of every variant in this run",
+    )
     run.add_argument("--no-base", action="store_true", help="leave out the base row")
-    run.add_argument("--no-test", action="store_true", help="judge on the validation problems alone (to choose settings)")
+    run.add_argument(
+        "--no-test",
+        action="store_true",
+        help="judge on the validation problems alone (to choose settings)",
+    )
     run.add_argument("--model", metavar="DIR|HUB_ID", help="local directory, hub id, or `tiny`")
     for split in SPLITS:
-        run.add_argument(f"--{split}", metavar="FILE|HUB_ID[:NAME[:SPLIT]]", help="JSON lines, a dataset of the hub, or `tiny`")
+        run.add_argument(
+            f"--{split}",
+            metavar="FILE|HUB_ID[:NAME[:SPLIT]]",
+            help="JSON lines, a dataset of the hub, or `tiny`",
+        )
         run.add_argument(f"--{split}-count", type=int, metavar="N", help="only the first N rows")
-    run.add_argument("--targets", nargs="+", metavar="REGEX", help="the layers to adapt, by module path")
+    run.add_argument(
+        "--targets", nargs="+", metavar="REGEX", help="the layers to adapt, by module path"
+    )
     run.add_argument("--exclude", nargs="+", metavar="REGEX")
     run.add_argument("--layers", type=int, nargs="+", metavar="INDEX")
     for name in SETTINGS:
-        run.add_argument(f"--{name.replace('_', '-')}", metavar=_kind(name), help="overrides the preset")
+        run.add_argument(
+            f"--{name.replace('_', '-')}", metavar=_kind(name), help="overrides the preset"
+        )
 
 
 def _kind(setting: str) -> str:
     annotation = str(RunConfig.model_fields[setting].annotation)
-    return next((kind.upper() for kind in ("float32", "int", "float") if kind in annotation), "TEXT").replace(
-        "FLOAT32", "DTYPE"
-    )
+    return next(
+        (kind.upper() for kind in ("float32", "int", "float") if kind in annotation), "TEXT"
+    ).replace("FLOAT32", "DTYPE")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -118,7 +158,10 @@ def _run(options: argparse.Namespace) -> int:
     if results:
         _write_outputs(results, options.out)
     if failures:
-        print(f"{failures} of {len(configs)} runs failed; see {options.out}/*/error.txt", file=sys.stderr)
+        print(
+            f"{failures} of {len(configs)} runs failed; see {options.out}/*/error.txt",
+            file=sys.stderr,
+        )
     return 1 if failures else 0
 
 
@@ -127,7 +170,11 @@ def plan(options: argparse.Namespace) -> list[RunConfig]:
     preset = Preset.load(options.preset)
     overrides = _overrides(options, preset)
     fields = dict(parse_assignment(text, "--set") for text in options.set)
-    rows = [row for name in options.variants or preset.rows for row in (sorted(ll.variants()) if name == ALL else [name])]
+    rows = [
+        row
+        for name in options.variants or preset.rows
+        for row in (sorted(ll.variants()) if name == ALL else [name])
+    ]
     if not rows:
         raise BenchmarkError("no variant is installed; for a first one: pip install lora-lite-lora")
     runs: dict[str, RunConfig] = {}
@@ -136,7 +183,11 @@ def plan(options: argparse.Namespace) -> list[RunConfig]:
             name = f"{row}@{arm}" if arm and "@" not in row else row
             for seed in options.seeds:
                 config = resolve(
-                    preset, name, None if row.partition("@")[0] in SPECIAL_ROWS else fields, **overrides, seed=seed
+                    preset,
+                    name,
+                    None if row.partition("@")[0] in SPECIAL_ROWS else fields,
+                    **overrides,
+                    seed=seed,
                 )
                 runs.setdefault(config.hash, config)
     return list(runs.values())
@@ -144,7 +195,11 @@ def plan(options: argparse.Namespace) -> list[RunConfig]:
 
 def _overrides(options: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     """RunConfig's fields as the command line gives them."""
-    values: dict[str, Any] = {name: _json_or_text(text) for name in SETTINGS if (text := getattr(options, name)) is not None}
+    values: dict[str, Any] = {
+        name: _json_or_text(text)
+        for name in SETTINGS
+        if (text := getattr(options, name)) is not None
+    }
     for name in ("model", "targets", "exclude", "layers"):
         if (value := getattr(options, name)) is not None:
             values[name] = value
@@ -174,7 +229,11 @@ def _say(config: RunConfig, outcome: Result | Exception) -> None:
     name = f"{config.label} (seed {config.seed})"
     if isinstance(outcome, Exception):
         first = (str(outcome).splitlines() or [""])[0]
-        kind = "" if isinstance(outcome, (BenchmarkError, ll.LoraLiteError)) else f"{type(outcome).__name__}: "
+        kind = (
+            ""
+            if isinstance(outcome, (BenchmarkError, ll.LoraLiteError))
+            else f"{type(outcome).__name__}: "
+        )
         print(f"{name}: failed: {kind}{first}", file=sys.stderr)
         return
     split = outcome.judged
@@ -228,7 +287,10 @@ def _presets(_: argparse.Namespace) -> int:
     for name in preset_names():
         preset = Preset.load(name)
         parent = Preset.load(preset.extends).variants if preset.extends else {}
-        print(f"{name}: {preset.description}" + (f" [extends {preset.extends}]" if preset.extends else ""))
+        print(
+            f"{name}: {preset.description}"
+            + (f" [extends {preset.extends}]" if preset.extends else "")
+        )
         print(f"  {'rows':<18}" + " ".join(preset.rows))
         if any(preset.arms):
             print(f"  {'arms':<18}" + " ".join(arm or "(plain)" for arm in preset.arms))

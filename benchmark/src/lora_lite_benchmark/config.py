@@ -12,14 +12,32 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import sha256
 from lora_lite_benchmark.tiny import MODEL_DIR
 from lora_lite_benchmark.variants import recommended_lr, resolved_fields
 
-__all__ = ["ALL", "SPECIAL_ROWS", "Preset", "PresetRow", "RunConfig", "Source", "parse_row", "preset_names", "resolve"]
+__all__ = [
+    "ALL",
+    "SPECIAL_ROWS",
+    "Preset",
+    "PresetRow",
+    "RunConfig",
+    "Source",
+    "parse_row",
+    "preset_names",
+    "resolve",
+]
 
 SPECIAL_ROWS = ("base", "full")
 """Rows without an adapter: the base model as it is, and the base model with every weight trained."""
@@ -52,7 +70,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 class Record(BaseModel):
     """Immutable, and strict: no unknown names, no "8" for 8."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants"
+    )
 
 
 class Source(Record):
@@ -85,7 +105,9 @@ class RunConfig(Record):
     revision: str | None = None  # of a hub id; None: the newest
     model_sha256: str | None = None  # of a local directory's files, filled in by resolve
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the base; adapters keep float32
-    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"  # of the base's linear layers, by bitsandbytes
+    quantization: Literal["none", "nf4", "fp4", "int8"] = (
+        "none"  # of the base's linear layers, by bitsandbytes
+    )
 
     train: Source
     validation: Source | None = None
@@ -97,7 +119,9 @@ class RunConfig(Record):
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
-    calibration_rows: Annotated[int, Field(ge=0)] = 64  # rows of training data, for variants that calibrate
+    calibration_rows: Annotated[int, Field(ge=0)] = (
+        64  # rows of training data, for variants that calibrate
+    )
     perturb: NonNegative = 0.0  # noise on the start values: a start at delta = 0 hides mistakes; > 0 also checks the wiring
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -105,7 +129,9 @@ class RunConfig(Record):
     batch_size: PositiveInt = 8  # rows of one optimizer step
     micro_batch_size: PositiveInt | None = None  # rows of one forward; None: batch_size
     lr: NonNegative
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of the steps with a rising learning rate
+    warmup: Annotated[float, Field(ge=0, lt=1)] = (
+        0.03  # share of the steps with a rising learning rate
+    )
     weight_decay: NonNegative = 0.0
     clip_norm: PositiveFloat = 1.0
     max_tokens: PositiveInt = 1024  # longer training rows are left out, and counted
@@ -129,7 +155,9 @@ class RunConfig(Record):
     @property
     def hash(self) -> str:
         """Twelve hex digits that identify the run. Equal for configs that can only give the same outcome."""
-        values = self.model_dump(mode="json", exclude=NOT_IDENTITY | (TRAINING if self.variant == "base" else set()))
+        values = self.model_dump(
+            mode="json", exclude=NOT_IDENTITY | (TRAINING if self.variant == "base" else set())
+        )
         if values["model_sha256"]:
             del values["model"]  # what is in a file counts, not where it is
         for source in (values.get(split) for split in ("train", "validation", "test")):
@@ -169,13 +197,20 @@ class Preset(Record):
     @classmethod
     def load(cls, name: str) -> "Preset":
         if name not in preset_names():
-            raise BenchmarkError(f"preset {name!r} does not exist; there are: {', '.join(preset_names())}")
+            raise BenchmarkError(
+                f"preset {name!r} does not exist; there are: {', '.join(preset_names())}"
+            )
         path = files("lora_lite_benchmark") / "presets" / f"{name}.json"
         own = cls.model_validate_json(path.read_text(encoding="utf-8"))
         if own.extends is None:
             return own
         parent = cls.load(own.extends)
-        return own.model_copy(update={"run": {**parent.run, **own.run}, "variants": {**parent.variants, **own.variants}})
+        return own.model_copy(
+            update={
+                "run": {**parent.run, **own.run},
+                "variants": {**parent.variants, **own.variants},
+            }
+        )
 
     def arm(self, name: str) -> dict[str, Any]:
         """The settings of an arm. Raises BenchmarkError listing those that there are."""
@@ -187,13 +222,19 @@ class Preset(Record):
 
 def preset_names() -> list[str]:
     folder = files("lora_lite_benchmark") / "presets"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        entry.name.removesuffix(".json")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".json")
+    )
 
 
 def parse_row(text: str) -> tuple[str, dict[str, FieldValue]]:
     """`lora:r=4,alpha=8` is the variant `lora` with those fields; values are JSON, else plain strings."""
     variant, _, rest = text.partition(":")
-    return variant, dict(parse_assignment(item, f"row {text!r}") for item in rest.split(",") if item)
+    return variant, dict(
+        parse_assignment(item, f"row {text!r}") for item in rest.split(",") if item
+    )
 
 
 def parse_assignment(text: str, where: str) -> tuple[str, FieldValue]:
@@ -207,7 +248,9 @@ def parse_assignment(text: str, where: str) -> tuple[str, FieldValue]:
     return name, parsed if not isinstance(parsed, (list, dict)) else value
 
 
-def resolve(preset: Preset, row: str, fields: Mapping[str, FieldValue] | None = None, **overrides: Any) -> RunConfig:
+def resolve(
+    preset: Preset, row: str, fields: Mapping[str, FieldValue] | None = None, **overrides: Any
+) -> RunConfig:
     """The whole config of one row: every default spelt out, local files identified by their contents.
 
     `fields` are the variant's, `overrides` RunConfig's own. Raises BenchmarkError naming the setting that is wrong, and
@@ -221,7 +264,9 @@ def resolve(preset: Preset, row: str, fields: Mapping[str, FieldValue] | None = 
         entry = preset.variants.get(row, PresetRow())
     asked = {**entry.fields, **own, **(fields or {})}
     if variant in SPECIAL_ROWS and asked:
-        raise BenchmarkError(f"row {row!r}: {variant!r} is no variant and has no fields; given {', '.join(asked)}")
+        raise BenchmarkError(
+            f"row {row!r}: {variant!r} is no variant and has no fields; given {', '.join(asked)}"
+        )
     values = {
         **preset.run,
         **preset.arm(arm),
@@ -238,7 +283,9 @@ def resolve(preset: Preset, row: str, fields: Mapping[str, FieldValue] | None = 
     try:
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise BenchmarkError(f"row {row!r} of preset {preset.name!r}: {first_problem(error)}") from None
+        raise BenchmarkError(
+            f"row {row!r} of preset {preset.name!r}: {first_problem(error)}"
+        ) from None
 
 
 def row_label(row: str, fields: Mapping[str, FieldValue] | None) -> str:
@@ -252,7 +299,9 @@ def _default_lr(variant: str) -> float:
     if variant == "base":
         return 0.0
     if variant == "full":
-        raise BenchmarkError("row 'full': neither the preset nor the command line gives a learning rate; use --lr")
+        raise BenchmarkError(
+            "row 'full': neither the preset nor the command line gives a learning rate; use --lr"
+        )
     return recommended_lr(variant)
 
 

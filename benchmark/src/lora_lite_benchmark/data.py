@@ -16,7 +16,16 @@ from lora_lite_benchmark import tiny
 from lora_lite_benchmark.config import TINY, RunConfig, Source
 from lora_lite_benchmark.errors import BenchmarkError
 
-__all__ = ["Batch", "Example", "Problem", "collate", "encode", "load_problems", "prompt_ids", "training_examples"]
+__all__ = [
+    "Batch",
+    "Example",
+    "Problem",
+    "collate",
+    "encode",
+    "load_problems",
+    "prompt_ids",
+    "training_examples",
+]
 
 FORMATS = (("query", "response"), ("question", "answer"))
 IGNORED = -100
@@ -54,7 +63,9 @@ class Batch(NamedTuple):
 def load_problems(source: Source) -> list[Problem]:
     """The rows of `source`, in order. Raises BenchmarkError naming the file or dataset and the columns it has."""
     rows = _tiny_rows(source) if source.path == TINY else _dataset(source)
-    chosen = range(len(rows))[source.start : None if source.count is None else source.start + source.count]
+    chosen = range(len(rows))[
+        source.start : None if source.count is None else source.start + source.count
+    ]
     if not chosen:
         raise BenchmarkError(f"{source.path}: no rows from {source.start} on; it has {len(rows)}")
     rows = [rows[index] for index in chosen] if isinstance(rows, list) else rows.select(chosen)
@@ -62,7 +73,9 @@ def load_problems(source: Source) -> list[Problem]:
     problems = [Problem(row[question], row[answer]) for row in rows]
     for number, problem in enumerate(problems, start=source.start):
         if not all(isinstance(text, str) and text.strip() for text in problem):
-            raise BenchmarkError(f"{source.path}: row {number} has no text in {question!r} or in {answer!r}")
+            raise BenchmarkError(
+                f"{source.path}: row {number} has no text in {question!r} or in {answer!r}"
+            )
     return problems
 
 
@@ -71,7 +84,9 @@ def _columns(source: Source, given: Sequence[str]) -> tuple[str, str]:
         if question in given and answer in given:
             return question, answer
     expected = " or ".join(f"`{question}` and `{answer}`" for question, answer in FORMATS)
-    raise BenchmarkError(f"{source.path}: columns are {', '.join(map(repr, given))}; expected {expected}")
+    raise BenchmarkError(
+        f"{source.path}: columns are {', '.join(map(repr, given))}; expected {expected}"
+    )
 
 
 def _tiny_rows(source: Source) -> list[dict[str, str]]:
@@ -93,7 +108,9 @@ def _dataset(source: Source) -> Any:
         if source.sha256 is not None:
             return datasets.load_dataset("json", data_files=source.path, split="train")
         return datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # datasets raises a dozen unrelated classes, down to pyarrow's and aiohttp's
+    except (
+        Exception
+    ) as error:  # datasets raises a dozen unrelated classes, down to pyarrow's and aiohttp's
         raise BenchmarkError(f"{source.path}: {_why(source, error)}") from error
 
 
@@ -105,7 +122,11 @@ def _why(source: Source, error: Exception) -> str:
                     json.loads(line)
                 except json.JSONDecodeError as problem:
                     return f"line {number} is not JSON ({problem.msg}); expected one JSON object a line"
-    what = "cannot be read" if source.sha256 else "is neither a file here nor a dataset of the hub that can be reached"
+    what = (
+        "cannot be read"
+        if source.sha256
+        else "is neither a file here nor a dataset of the hub that can be reached"
+    )
     return f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

@@ -18,7 +18,12 @@ __all__ = ["evaluate", "generate", "nats", "score"]
 
 
 def evaluate(
-    model: nn.Module, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str, accelerator: Accelerator
+    model: nn.Module,
+    tokenizer: Any,
+    config: RunConfig,
+    problems: Sequence[Problem],
+    name: str,
+    accelerator: Accelerator,
 ) -> list[Outcome]:
     """The outcome of every problem, in order, in every process. `model` is in eval mode, and still is afterwards."""
     texts = generate(model, tokenizer, config, problems, name, accelerator)
@@ -39,7 +44,12 @@ def evaluate(
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str, accelerator: Accelerator
+    model: Any,
+    tokenizer: Any,
+    config: RunConfig,
+    problems: Sequence[Problem],
+    name: str,
+    accelerator: Accelerator,
 ) -> list[str]:
     """What the model writes after each prompt, greedily, until its end of text or `max_new_tokens`."""
     from transformers import GenerationConfig
@@ -54,16 +64,29 @@ def generate(
 
     def write(rows: list[int]) -> list[str]:
         ids, mask = _pad_left([prompts[row] for row in rows], tokenizer.pad_token_id)
-        written = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy)
-        texts: list[str] = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        written = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=greedy,
+        )
+        texts: list[str] = tokenizer.batch_decode(
+            written[:, ids.shape[1] :], skip_special_tokens=True
+        )
         return texts
 
-    return in_shards(_batches(map(len, prompts), config.eval_batch_size), write, accelerator, f"{name}: generate")
+    return in_shards(
+        _batches(map(len, prompts), config.eval_batch_size), write, accelerator, f"{name}: generate"
+    )
 
 
 @torch.no_grad()
 def score(
-    model: Any, tokenizer: Any, config: RunConfig, problems: Sequence[Problem], name: str, accelerator: Accelerator
+    model: Any,
+    tokenizer: Any,
+    config: RunConfig,
+    problems: Sequence[Problem],
+    name: str,
+    accelerator: Accelerator,
 ) -> list[tuple[float, int]]:
     """Of each problem: the nats of its reference answer under the model, and how many tokens that answer has."""
     examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
@@ -71,7 +94,10 @@ def score(
     def weigh(rows: list[int]) -> list[tuple[float, int]]:
         chosen = [examples[row] for row in rows]
         sums = nats(model, collate(chosen, tokenizer.pad_token_id).to(model.device)).tolist()
-        return [(loss, len(example.ids) - example.start) for loss, example in zip(sums, chosen, strict=True)]
+        return [
+            (loss, len(example.ids) - example.start)
+            for loss, example in zip(sums, chosen, strict=True)
+        ]
 
     batches = _batches((len(example.ids) for example in examples), config.eval_batch_size)
     return in_shards(batches, weigh, accelerator, f"{name}: loss")
@@ -79,10 +105,15 @@ def score(
 
 def nats(model: nn.Module, batch: Batch) -> Tensor:
     """The negative log likelihood of each row's answer, shape (rows,), in float32."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
     labels = batch.labels[:, 1:]
     losses = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
     )
     return losses.view_as(labels).sum(dim=1)
 

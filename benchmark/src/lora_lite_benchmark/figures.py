@@ -32,7 +32,11 @@ def figures(row: Row, group: Group) -> Figures:
         "steps": None if row.is_base else config.steps,
         **_quality("test", row.test),
         **_quality("validation", row.validation),
-        **{name: row.measured(name) for name in Measurements.model_fields if name != "peak_memory_of"},
+        **{
+            name: row.measured(name)
+            for name in Measurements.model_fields
+            if name != "peak_memory_of"
+        },
         "peak_memory_of": row.runs[0].measurements.peak_memory_of,
         **_difference(REFERENCE, row.against(group.reference(row))),
         **_difference(UNQUANTISED, row.against(group.unquantised(row))),
@@ -41,11 +45,17 @@ def figures(row: Row, group: Group) -> Figures:
 
 def _quality(split: str, scores: Scores | None) -> Figures:
     names = [f"{split}_{name}" for name in ("accuracy", "accuracy_error", "loss", "loss_error")]
-    return dict(zip(names, (*scores.accuracy, *scores.loss) if scores else (None,) * 4, strict=True))
+    return dict(
+        zip(names, (*scores.accuracy, *scores.loss) if scores else (None,) * 4, strict=True)
+    )
 
 
 def _difference(other: str, comparison: Comparison | None) -> Figures:
-    names = [f"{name}_minus_{other}{end}" for name in ("accuracy", "loss") for end in ("", "_low", "_high")]
+    names = [
+        f"{name}_minus_{other}{end}"
+        for name in ("accuracy", "loss")
+        for end in ("", "_low", "_high")
+    ]
     values = (*comparison.accuracy, *comparison.loss) if comparison else (None,) * 6
     return dict(zip(names, values, strict=True))
 
@@ -54,5 +64,9 @@ def separated_by_loss_alone(group: Group) -> list[tuple[str, str]]:
     """The labels of rows whose accuracies are not separable although their losses are, the base left out."""
     pairs = combinations([row for row in group.rows if not row.is_base], 2)
     compared = [(one.config.label, two.config.label, one.against(two)) for one, two in pairs]
-    found = [(one, two) for one, two, c in compared if c is not None and c.loss.separable and not c.accuracy.separable]
+    found = [
+        (one, two)
+        for one, two, c in compared
+        if c is not None and c.loss.separable and not c.accuracy.separable
+    ]
     return list(dict.fromkeys(found))

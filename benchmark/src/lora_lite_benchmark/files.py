@@ -13,7 +13,9 @@ __all__ = ["sha256", "write_atomically", "write_text"]
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it: a kill leaves old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+    )
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -33,7 +35,9 @@ def write_text(path: Path, text: str) -> None:
 def sha256(*paths: Path) -> str:
     """Hex digest of the files' contents, in the order given. A file is read once while its size and time stay the same."""
     digests = [_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 @functools.lru_cache

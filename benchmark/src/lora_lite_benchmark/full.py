@@ -36,8 +36,14 @@ class FullModel:
     def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         parameters = list(self.model.parameters())
         return [
-            {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
-            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+            {
+                "params": [parameter for parameter in parameters if parameter.ndim > 1],
+                "weight_decay": weight_decay,
+            },
+            {
+                "params": [parameter for parameter in parameters if parameter.ndim <= 1],
+                "weight_decay": 0.0,
+            },
         ]
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> None:

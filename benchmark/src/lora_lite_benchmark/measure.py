@@ -23,7 +23,9 @@ MEMORY_STATUS = Path("/proc/self/status")
 MEMORY_RESET = Path("/proc/self/clear_refs")
 
 
-def time_step(model: nn.Module, batch: Batch, backward: bool, repeats: int = 7, warmup: int = 2) -> tuple[float, float]:
+def time_step(
+    model: nn.Module, batch: Batch, backward: bool, repeats: int = 7, warmup: int = 2
+) -> tuple[float, float]:
     """Median milliseconds of the forward (with the loss) and of the backward of `batch`; gradients are thrown away.
 
     Without `backward` no graph is recorded and the second figure is 0.
@@ -89,7 +91,9 @@ def peak_memory(device: torch.device) -> tuple[int, Literal["process", "accelera
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "accelerator"
     if MEMORY_STATUS.exists():
-        line = next(line for line in MEMORY_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(
+            line for line in MEMORY_STATUS.read_text().splitlines() if line.startswith("VmHWM:")
+        )
         return int(line.split()[1]) * 1024, "process"
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024, "process"

@@ -22,8 +22,13 @@ def load_model(config: RunConfig, device: torch.device | str = "cpu") -> nn.Modu
 
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.quantization != "none":
-        options |= {"quantization_config": _quantization(config, options["dtype"]), "device_map": {"": device}}
-    model: nn.Module = _load(AutoModelForCausalLM, config.model, config.model_sha256, config.revision, **options)
+        options |= {
+            "quantization_config": _quantization(config, options["dtype"]),
+            "device_map": {"": device},
+        }
+    model: nn.Module = _load(
+        AutoModelForCausalLM, config.model, config.model_sha256, config.revision, **options
+    )
     return (model if config.quantization != "none" else model.to(device)).eval()
 
 
@@ -37,10 +42,15 @@ def _quantization(config: RunConfig, dtype: torch.dtype) -> Any:
                 f"quantization={config.quantization}: {package} is missing; pip install lora-lite-bitsandbytes"
             )
     if config.quantization == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer and forward
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+            logging.ERROR
+        )  # a line for every layer and forward
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=config.quantization, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
@@ -55,7 +65,9 @@ def _tokenizer(model: str, digest: str | None, revision: str | None) -> Any:
 
     tokenizer = _load(AutoTokenizer, model, digest, revision)
     if tokenizer.eos_token_id is None:
-        raise BenchmarkError(f"{model}: the tokenizer has no end-of-text token; answers could not end")
+        raise BenchmarkError(
+            f"{model}: the tokenizer has no end-of-text token; answers could not end"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,9 +76,13 @@ def _tokenizer(model: str, digest: str | None, revision: str | None) -> Any:
 def _load(kind: Any, model: str, digest: str | None, revision: str | None, **options: Any) -> Any:
     path = str(MODEL_DIR) if model == TINY else model
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise BenchmarkError(f"{path}: the directory holds no config.json; expected a model saved by save_pretrained")
+        raise BenchmarkError(
+            f"{path}: the directory holds no config.json; expected a model saved by save_pretrained"
+        )
     if digest and digest != model_digest(Path(path)):
-        raise BenchmarkError(f"{path}: the model's files have changed since this run was planned; start it again")
+        raise BenchmarkError(
+            f"{path}: the model's files have changed since this run was planned; start it again"
+        )
     try:
         return kind.from_pretrained(path, revision=revision or "main", **options)
     except (OSError, ValueError, KeyError) as error:

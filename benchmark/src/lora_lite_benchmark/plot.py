@@ -20,7 +20,9 @@ STYLE = {
     "svg.fonttype": "none",  # letters stay letters
     "svg.hashsalt": "lora-lite",  # the same picture, the same bytes
     "text.parse_math": False,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
 }
 CURVE_POINTS = 40
 LABEL_CHARACTERS = 48
@@ -35,11 +37,15 @@ def save_plot(groups: Sequence[Group], path: Path) -> None:
     """
     drawn = [group for group in groups if any(row.measured("parameters") for row in group.rows)]
     if not drawn:
-        raise BenchmarkError("there is nothing to draw: no row with trainable parameters has finished")
+        raise BenchmarkError(
+            "there is nothing to draw: no row with trainable parameters has finished"
+        )
     figure = _figure(WIDTH * len(drawn), 5.5)
     for axes, group in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw_accuracy(axes, group)
-        axes.set_title(f"{Path(group.rows[0].config.model).name}: accuracy ± one standard error", fontsize=10)
+        axes.set_title(
+            f"{Path(group.rows[0].config.model).name}: accuracy ± one standard error", fontsize=10
+        )
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
@@ -74,7 +80,12 @@ def _svg(group: Group, draw: Draw, height: float) -> str:
         axes = figure.subplots()
         draw(axes, group)
         longest = max(len(_label(row)) for row in group.rows)
-        figure.legend(loc="outside lower center", ncols=max(1, 100 // (longest + 6)), frameon=False, fontsize=8)
+        figure.legend(
+            loc="outside lower center",
+            ncols=max(1, 100 // (longest + 6)),
+            frameon=False,
+            fontsize=8,
+        )
         return _inline(figure)
 
 
@@ -102,7 +113,15 @@ def _draw_accuracy(axes: Any, group: Group) -> None:
         if row.is_base:
             axes.axhline(percent, color="0.5", linestyle="--", linewidth=1, label=_label(row))
         else:
-            axes.errorbar(row.measured("parameters"), percent, error, marker="o", capsize=3, color=color, label=_label(row))
+            axes.errorbar(
+                row.measured("parameters"),
+                percent,
+                error,
+                marker="o",
+                capsize=3,
+                color=color,
+                label=_label(row),
+            )
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis)
     axes.margins(x=0.1)
@@ -135,7 +154,10 @@ def _curve(row: Row) -> tuple[list[float], list[float]]:
     """Steps and losses: one point for each of at most 40 stretches of the run, the mean over it and over the seeds."""
     curves = [run.curve for run in row.runs]
     size = -(-len(curves[0]) // CURVE_POINTS)
-    stretches = [[curve[start : start + size] for curve in curves] for start in range(0, len(curves[0]), size)]
+    stretches = [
+        [curve[start : start + size] for curve in curves]
+        for start in range(0, len(curves[0]), size)
+    ]
     points = [[point for part in stretch for point in part] for stretch in stretches]
     return [_mean([point.step for point in part]) for part in points], [
         _mean([point.loss for point in part]) for part in points
@@ -158,7 +180,10 @@ def _draw_times(axes: Any, group: Group) -> None:
 
 
 def _draw_memory(axes: Any, group: Group) -> None:
-    axes.barh([_label(row) for row in group.rows], [(row.measured("peak_memory_bytes") or 0) / 1e6 for row in group.rows])
+    axes.barh(
+        [_label(row) for row in group.rows],
+        [(row.measured("peak_memory_bytes") or 0) / 1e6 for row in group.rows],
+    )
     axes.set_xlabel("MB at the peak of training")
 
 

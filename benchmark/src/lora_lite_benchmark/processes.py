@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from lora_lite_benchmark.errors import BenchmarkError
 
-__all__ = ["in_shards", "is_main_process", "on_main", "same_start", "share", "stop", "sum_gradients"]
+__all__ = [
+    "in_shards",
+    "is_main_process",
+    "on_main",
+    "same_start",
+    "share",
+    "stop",
+    "sum_gradients",
+]
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -43,7 +51,9 @@ def share(batch_size: int) -> Accelerator:
             f"started with {accelerator.distributed_type.value}: every process holds the whole base here; launch without it"
         )
     if accelerator.num_processes > batch_size:
-        raise BenchmarkError(f"{accelerator.num_processes} processes cannot share a batch_size of {batch_size}; start fewer")
+        raise BenchmarkError(
+            f"{accelerator.num_processes} processes cannot share a batch_size of {batch_size}; start fewer"
+        )
     return accelerator
 
 
@@ -71,7 +81,10 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def in_shards(
-    batches: Sequence[list[int]], work: Callable[[list[int]], Sequence[T]], accelerator: Accelerator, title: str
+    batches: Sequence[list[int]],
+    work: Callable[[list[int]], Sequence[T]],
+    accelerator: Accelerator,
+    title: str,
 ) -> list[T]:
     """The values that `work` gives for batches of rows, in the order of the rows, in every process; a batch is one's work."""
     own = batches[accelerator.process_index :: accelerator.num_processes]
@@ -84,17 +97,25 @@ def in_shards(
 def same_start(adapter: object, accelerator: Accelerator) -> None:
     """Every process gets the main one's tensors: decompositions may differ in the last bits from machine to machine."""
     if accelerator.num_processes > 1 and isinstance(adapter, ll.Adapter):
-        adapter.load_state_dict(on_main(accelerator, lambda: {key: t.cpu() for key, t in adapter.state_dict().items()}))
+        adapter.load_state_dict(
+            on_main(accelerator, lambda: {key: t.cpu() for key, t in adapter.state_dict().items()})
+        )
 
 
 @torch.no_grad()
-def sum_gradients(loss: float, parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> float:
+def sum_gradients(
+    loss: float, parameters: Sequence[nn.Parameter], accelerator: Accelerator
+) -> float:
     """Add up every parameter's gradient over the processes, in one message; return the sum of their losses."""
     if accelerator.num_processes == 1:
         return loss
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    head = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=accelerator.device)
-    summed = accelerator.reduce(torch.cat([head, *(gradient.flatten().float() for gradient in gradients)]), "sum")
+    head = torch.tensor(
+        [loss, *(float(p.grad is not None) for p in parameters)], device=accelerator.device
+    )
+    summed = accelerator.reduce(
+        torch.cat([head, *(gradient.flatten().float() for gradient in gradients)]), "sum"
+    )
     head, *parts = summed.split([len(head), *(p.numel() for p in parameters)])
     for parameter, present, part in zip(parameters, head[1:].tolist(), parts, strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype) if present else None

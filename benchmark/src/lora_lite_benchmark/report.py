@@ -25,8 +25,12 @@ class Picture(NamedTuple):
 
 def make_report(tables: Sequence[Table]) -> str:
     """The page. What models wrote, and every other text, is escaped; the pictures are the only markup put in as it is."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("lora_lite_benchmark") / TEMPLATE).read_text(encoding="utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        (files("lora_lite_benchmark") / TEMPLATE).read_text(encoding="utf-8")
+    )
     return template.render(tables=tables, pictures=pictures, examples=examples, config=config)
 
 
@@ -36,8 +40,14 @@ def pictures(group: Group) -> list[Picture]:
     if all(row.is_base for row in group.rows):
         return [costs]
     return [
-        Picture("Accuracy against trainable parameters, ± one standard error.", Markup(accuracy_svg(group))),
-        Picture("Training loss, mean over the seeds and over a fortieth of the run.", Markup(curves_svg(group))),
+        Picture(
+            "Accuracy against trainable parameters, ± one standard error.",
+            Markup(accuracy_svg(group)),
+        ),
+        Picture(
+            "Training loss, mean over the seeds and over a fortieth of the run.",
+            Markup(curves_svg(group)),
+        ),
         costs,
     ]
 

@@ -16,7 +16,16 @@ from lora_lite_benchmark.config import Record, RunConfig
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 
-__all__ = ["Measurements", "Outcome", "Point", "Result", "Split", "load_results", "machine", "versions"]
+__all__ = [
+    "Measurements",
+    "Outcome",
+    "Point",
+    "Result",
+    "Split",
+    "load_results",
+    "machine",
+    "versions",
+]
 
 FILE = "result.json"
 
@@ -55,7 +64,9 @@ class Split(Record):
     @property
     def loss(self) -> float:
         """Nats per answer token, every token counting the same."""
-        return sum(outcome.nats for outcome in self.outcomes) / sum(outcome.tokens for outcome in self.outcomes)
+        return sum(outcome.nats for outcome in self.outcomes) / sum(
+            outcome.tokens for outcome in self.outcomes
+        )
 
 
 class Point(Record):
@@ -75,7 +86,9 @@ class Measurements(Record):
     macs_per_forward: int
     forward_ms: float  # median, one batch
     backward_ms: float | None
-    calibration_s: float | None = None  # the pass of calibration data; None also where the variant needs none
+    calibration_s: float | None = (
+        None  # the pass of calibration data; None also where the variant needs none
+    )
     init_s: float | None  # attach without that pass
     train_s: float | None  # in this process: less than the whole if the run was resumed
     peak_memory_bytes: int
@@ -136,7 +149,15 @@ def load_results(out: Path) -> list[Result]:
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """Versions of Python, of what computes the numbers, and of `packages`."""
-    names = ["lora-lite-benchmark", "lora-lite-core", "torch", "transformers", "datasets", "accelerate", *packages]
+    names = [
+        "lora-lite-benchmark",
+        "lora-lite-core",
+        "torch",
+        "transformers",
+        "datasets",
+        "accelerate",
+        *packages,
+    ]
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 

@@ -55,7 +55,9 @@ class Row:
 
     def measured(self, name: str) -> int | float | None:
         """The median of a measurement over the runs, the lower one of two; None where it does not apply."""
-        values = [value for run in self.runs if (value := getattr(run.measurements, name)) is not None]
+        values = [
+            value for run in self.runs if (value := getattr(run.measurements, name)) is not None
+        ]
         return statistics.median_low(values) if values else None
 
     def against(self, other: "Row | None") -> Comparison | None:
@@ -80,7 +82,14 @@ class Group:
     def unquantised(self, row: Row) -> Row | None:
         """The same row on the base that is not quantised; None for rows that are on it."""
         wanted = _identity(row.config.model_copy(update={"quantization": "none"}))
-        return next((other for other in self.rows if other is not row and _identity(other.config) == wanted), None)
+        return next(
+            (
+                other
+                for other in self.rows
+                if other is not row and _identity(other.config) == wanted
+            ),
+            None,
+        )
 
 
 def group_rows(results: Sequence[Result]) -> list[Group]:

@@ -17,7 +17,13 @@ from lora_lite_benchmark.data import Batch, Example, collate, load_problems, tra
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.evaluate import evaluate
 from lora_lite_benchmark.files import write_text
-from lora_lite_benchmark.measure import TimedPass, peak_memory, reset_peak_memory, synchronize, time_step
+from lora_lite_benchmark.measure import (
+    TimedPass,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+    time_step,
+)
 from lora_lite_benchmark.models import load_model, load_tokenizer
 from lora_lite_benchmark.processes import is_main_process, on_main, same_start, share
 from lora_lite_benchmark.results import FILE as RESULT_FILE
@@ -66,7 +72,11 @@ def run_one(config: RunConfig, out: Path) -> Result:
 
     reset_peak_memory(accelerator.device)
     started = time.perf_counter()
-    curve = train(model, adapter, examples, config, accelerator, pad, folder / CHECKPOINT_FILE) if trains else []
+    curve = (
+        train(model, adapter, examples, config, accelerator, pad, folder / CHECKPOINT_FILE)
+        if trains
+        else []
+    )
     train_s = time.perf_counter() - started
     forward_ms, backward_ms = time_step(model, batch, backward=trains)
     memory, memory_of = peak_memory(accelerator.device)
@@ -75,7 +85,14 @@ def run_one(config: RunConfig, out: Path) -> Result:
         splits = {
             name: Split(
                 outcomes=tuple(
-                    evaluate(model, tokenizer, config, load_problems(source), f"{config.label}: {name}", accelerator)
+                    evaluate(
+                        model,
+                        tokenizer,
+                        config,
+                        load_problems(source),
+                        f"{config.label}: {name}",
+                        accelerator,
+                    )
                 )
             )
             for name, source in (("validation", config.validation), ("test", config.test))
@@ -91,7 +108,12 @@ def run_one(config: RunConfig, out: Path) -> Result:
         result = Result(
             hash=config.hash,
             config=config,
-            versions=versions([*distribution(config.variant), *([] if config.quantization == "none" else QUANTIZING)]),
+            versions=versions(
+                [
+                    *distribution(config.variant),
+                    *([] if config.quantization == "none" else QUANTIZING),
+                ]
+            ),
             machine=machine(accelerator.device) | {"processes": accelerator.num_processes},
             skipped_rows=skipped,
             measurements=Measurements(
@@ -106,7 +128,9 @@ def run_one(config: RunConfig, out: Path) -> Result:
                 peak_memory_bytes=memory,
                 peak_memory_of=memory_of,
                 file_bytes=(folder / ADAPTER_FILE).stat().st_size if trains else None,
-                slim_file_bytes=None if config.variant in SPECIAL_ROWS else _slim_size(adapter, folder),
+                slim_file_bytes=None
+                if config.variant in SPECIAL_ROWS
+                else _slim_size(adapter, folder),
             ),
             reloaded_identical=True if trains else None,
             test=splits.get("test"),
@@ -114,7 +138,11 @@ def run_one(config: RunConfig, out: Path) -> Result:
             curve=tuple(curve),
         )
         result.save(folder)
-        for leftover in (folder / CHECKPOINT_FILE, folder / ERROR_FILE, *folder.glob(".*")):  # hidden: half-written at a kill
+        for leftover in (
+            folder / CHECKPOINT_FILE,
+            folder / ERROR_FILE,
+            *folder.glob(".*"),
+        ):  # hidden: half-written at a kill
             leftover.unlink(missing_ok=True)
         return result
 
@@ -131,7 +159,9 @@ def run_all(
     the others wait for it, and only the launcher can end them.
     """
     results: list[Result] = []
-    clock = Clock([config for config in configs if not (out / config.folder / RESULT_FILE).exists()])
+    clock = Clock(
+        [config for config in configs if not (out / config.folder / RESULT_FILE).exists()]
+    )
     for number, config in enumerate(configs, start=1):
         if is_main_process():
             clock.announce(config, f"row {number} of {len(configs)}")
@@ -143,7 +173,9 @@ def run_all(
             if is_main_process():
                 write_text(out / config.folder / ERROR_FILE, traceback.format_exc())
                 report(config, error)
-            if PartialState().num_processes > 1 and not isinstance(error, (BenchmarkError, ll.LoraLiteError)):
+            if PartialState().num_processes > 1 and not isinstance(
+                error, (BenchmarkError, ll.LoraLiteError)
+            ):
                 raise
         clock.passed(config)
     return results, len(configs) - len(results)
@@ -160,7 +192,9 @@ class Clock:
         """Say on standard error which row begins, and how much time is left."""
         if config.hash not in self.to_run:
             return
-        left = (time.monotonic() - self.started) / self.done * len(self.to_run) if self.done else None
+        left = (
+            (time.monotonic() - self.started) / self.done * len(self.to_run) if self.done else None
+        )
         about = "" if left is None else f", about {max(1, round(left / 60))} min left"
         tqdm.write(f"{config.label} (seed {config.seed}): {which}{about}", file=sys.stderr)
 
@@ -171,9 +205,14 @@ class Clock:
             self.done += 1
 
 
-def _calibration(examples: list[Example], config: RunConfig, pad: int) -> Iterator[dict[str, Tensor]]:
+def _calibration(
+    examples: list[Example], config: RunConfig, pad: int
+) -> Iterator[dict[str, Tensor]]:
     """Batches of training rows, as keyword arguments of the model."""
-    rows = [examples[row] for row in epoch_order(len(examples), config.seed, 0)[: config.calibration_rows]]
+    rows = [
+        examples[row]
+        for row in epoch_order(len(examples), config.seed, 0)[: config.calibration_rows]
+    ]
     for start in range(0, len(rows), config.batch_size):
         batch = collate(rows[start : start + config.batch_size], pad)
         yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -184,7 +223,9 @@ def _perturb(adapter: AnyAdapter, config: RunConfig) -> None:
     """Noise on every trainable tensor, the same for the same seed."""
     generator = torch.Generator().manual_seed(config.seed)
     for _, parameter in adapter.named_parameters():
-        parameter.add_(config.perturb * torch.randn(parameter.shape, generator=generator).to(parameter))
+        parameter.add_(
+            config.perturb * torch.randn(parameter.shape, generator=generator).to(parameter)
+        )
 
 
 def _slim_size(adapter: AnyAdapter, folder: Path) -> int | None:

@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 
 from lora_lite_benchmark.results import Outcome
 
-__all__ = ["Comparison", "Difference", "Estimate", "Scores", "compare", "difference", "estimate", "scores_of"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Estimate",
+    "Scores",
+    "compare",
+    "difference",
+    "estimate",
+    "scores_of",
+]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -88,7 +97,9 @@ class Scores:
 
 def scores_of(runs: Sequence[Sequence[Outcome]], seeds: tuple[int, ...] | None) -> Scores:
     """The outcomes of the runs of one row on the same questions, one sequence for each of `seeds`."""
-    correct = np.array([[outcome.correct for outcome in outcomes] for outcomes in runs], dtype=float)
+    correct = np.array(
+        [[outcome.correct for outcome in outcomes] for outcomes in runs], dtype=float
+    )
     nats = np.array([[outcome.nats for outcome in outcomes] for outcomes in runs])
     tokens = np.array([outcome.tokens for outcome in runs[0]], dtype=float)
     return Scores(seeds, correct, nats, tokens)
@@ -102,7 +113,9 @@ def compare(row: Scores, reference: Scores) -> Comparison | None:
         return None
     (correct, nats), (other_correct, other_nats) = row.of(seeds), reference.of(seeds)
     return Comparison(
-        difference(correct - other_correct, np.ones(len(row.tokens))), difference(nats - other_nats, row.tokens), seeds
+        difference(correct - other_correct, np.ones(len(row.tokens))),
+        difference(nats - other_nats, row.tokens),
+        seeds,
     )
 
 
@@ -112,7 +125,9 @@ def estimate(values: Array, weights: Array) -> Estimate:
     For one seed's accuracy the error is the binomial √(p (1 - p) / n).
     """
     z = _linearised(values, weights)
-    return Estimate(float(z.mean()), float(np.sqrt(z.mean(0).var() / z.shape[1] + _seed_variance(z))))
+    return Estimate(
+        float(z.mean()), float(np.sqrt(z.mean(0).var() / z.shape[1] + _seed_variance(z)))
+    )
 
 
 def difference(values: Array, weights: Array) -> Difference:
@@ -121,7 +136,9 @@ def difference(values: Array, weights: Array) -> Difference:
     z = _linearised(values, weights)
     ratios = (counts @ values.mean(0)) / (counts @ weights)
     moves = np.sqrt(_seed_variance(z)) * draws
-    resampled = np.concatenate([ratios + moves, ratios - moves])  # both signs: swapping the rows mirrors the interval
+    resampled = np.concatenate(
+        [ratios + moves, ratios - moves]
+    )  # both signs: swapping the rows mirrors the interval
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(float(z.mean()), float(low), float(high))
 

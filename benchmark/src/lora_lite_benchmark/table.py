@@ -13,7 +13,16 @@ from lora_lite_benchmark.results import Result
 from lora_lite_benchmark.rows import REFERENCE, Group, group_rows
 from lora_lite_benchmark.stats import Difference
 
-__all__ = ["COLUMNS", "FORMATS", "Column", "Table", "make_tables", "to_csv", "to_json", "to_markdown"]
+__all__ = [
+    "COLUMNS",
+    "FORMATS",
+    "Column",
+    "Table",
+    "make_tables",
+    "to_csv",
+    "to_json",
+    "to_markdown",
+]
 
 ABSENT = "–"
 PAIRS_SHOWN = 6
@@ -36,13 +45,19 @@ def _percent(share: float, error: float) -> str:
 
 
 def _file_size(full: int, slim: int | None) -> str:
-    return f"{full / 1000:,.0f}" if slim is None or slim == full else f"{full / 1000:,.0f} (slim {slim / 1000:,.0f})"
+    return (
+        f"{full / 1000:,.0f}"
+        if slim is None or slim == full
+        else f"{full / 1000:,.0f} (slim {slim / 1000:,.0f})"
+    )
 
 
 def _interval(unit: int, form: str) -> Callable[[float, float, float], str]:
     def show(value: float, low: float, high: float) -> str:
         middle, *ends = (format(unit * number, form) for number in (value, low, high))
-        return f"{middle} [{', '.join(ends)}]" + ("" if Difference(value, low, high).separable else " ≈")
+        return f"{middle} [{', '.join(ends)}]" + (
+            "" if Difference(value, low, high).separable else " ≈"
+        )
 
     return show
 
@@ -112,7 +127,9 @@ def _table(group: Group) -> Table:
     shown = {title: cells for title, cells in columns.items() if _is_worth_showing(title, cells)}
     model = Path(group.rows[0].config.model).name
     cells = tuple(zip(*shown.values(), strict=True))
-    return Table(group, rows, model, _tested(group) + _trained(group), tuple(shown), cells, _footnote(group))
+    return Table(
+        group, rows, model, _tested(group) + _trained(group), tuple(shown), cells, _footnote(group)
+    )
 
 
 def _is_worth_showing(title: str, cells: Sequence[str]) -> bool:
@@ -127,7 +144,9 @@ def to_markdown(tables: Sequence[Table]) -> str:
 def _markdown(table: Table) -> str:
     rule = "|".join("---" if title == "variant" else "---:" for title in table.header)
     header, *lines = ("| " + " | ".join(line) + " |" for line in (table.header, *table.cells))
-    return "\n".join((f"**{table.model}**, {table.tested}", "", header, f"|{rule}|", *lines, "", table.footnote))
+    return "\n".join(
+        (f"**{table.model}**, {table.tested}", "", header, f"|{rule}|", *lines, "", table.footnote)
+    )
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -142,11 +161,18 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 def to_json(tables: Sequence[Table]) -> str:
     """A list of tables, each with `title`, `footnote` and `rows`, every figure in full."""
-    content = [{"title": table.title, "footnote": table.footnote, "rows": table.figures} for table in tables]
+    content = [
+        {"title": table.title, "footnote": table.footnote, "rows": table.figures}
+        for table in tables
+    ]
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {"markdown": to_markdown, "csv": to_csv, "json": to_json}
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
+    "markdown": to_markdown,
+    "csv": to_csv,
+    "json": to_json,
+}
 
 
 def _tested(group: Group) -> str:
@@ -162,7 +188,11 @@ def _trained(group: Group) -> str:
         return ""
     steps = " / ".join(f"{number:,}" for number in sorted({row.config.steps for row in trained}))
     seeds = {row.seeds for row in trained}
-    several = f", seeds {' '.join(map(str, *seeds))}" if len(seeds) == 1 and len(trained[0].seeds) > 1 else ""
+    several = (
+        f", seeds {' '.join(map(str, *seeds))}"
+        if len(seeds) == 1 and len(trained[0].seeds) > 1
+        else ""
+    )
     return f", {steps} steps of {trained[-1].config.batch_size}{several}"
 
 

@@ -43,7 +43,9 @@ def train(
     Raises BenchmarkError if the loss is no longer finite, or the checkpoint is of another number of processes.
     """
     torch.manual_seed(config.seed + (accelerator.process_index << 32))
-    optimizer = torch.optim.AdamW(adapter.param_groups(weight_decay=config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(
+        adapter.param_groups(weight_decay=config.weight_decay), lr=config.lr
+    )
     adapter.project_after(optimizer)
     curve = _resume(checkpoint, adapter, optimizer, accelerator)
     model.train()
@@ -79,7 +81,12 @@ def train(
 
 
 def _backward(
-    model: nn.Module, adapter: AnyAdapter, batch: list[Example], config: RunConfig, accelerator: Accelerator, pad: int
+    model: nn.Module,
+    adapter: AnyAdapter,
+    batch: list[Example],
+    config: RunConfig,
+    accelerator: Accelerator,
+    pad: int,
 ) -> float:
     """Gradients of this process's share of the batch's mean loss, in nats a token, whatever the number of forwards it takes;
     return that share. The shares of all processes add up to the loss of the whole batch, and to one penalty.
@@ -107,7 +114,10 @@ def learning_rate(step: int, config: RunConfig) -> float:
 def batch_rows(step: int, rows: int, config: RunConfig) -> list[int]:
     """The rows that a step trains on: the data is shuffled anew each epoch, by seed and epoch alone."""
     positions = range(step * config.batch_size, (step + 1) * config.batch_size)
-    orders = {epoch: epoch_order(rows, config.seed, epoch) for epoch in {position // rows for position in positions}}
+    orders = {
+        epoch: epoch_order(rows, config.seed, epoch)
+        for epoch in {position // rows for position in positions}
+    }
     return [orders[position // rows][position % rows] for position in positions]
 
 
@@ -119,12 +129,18 @@ def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def _save(
-    checkpoint: Path, adapter: AnyAdapter, optimizer: torch.optim.Optimizer, curve: list[Point], accelerator: Accelerator
+    checkpoint: Path,
+    adapter: AnyAdapter,
+    optimizer: torch.optim.Optimizer,
+    curve: list[Point],
+    accelerator: Accelerator,
 ) -> None:
     random = gather_object([_random_state(accelerator)])
     if accelerator.is_main_process:
         state = {
-            "parameters": {name: parameter.detach().cpu() for name, parameter in adapter.named_parameters()},
+            "parameters": {
+                name: parameter.detach().cpu() for name, parameter in adapter.named_parameters()
+            },
             "optimizer": optimizer.state_dict(),
             "random": random,
             "curve": [point.model_dump() for point in curve],
@@ -132,10 +148,20 @@ def _save(
         write_atomically(checkpoint, lambda path: torch.save(state, path))
 
 
-def _resume(checkpoint: Path, adapter: AnyAdapter, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> list[Point]:
+def _resume(
+    checkpoint: Path,
+    adapter: AnyAdapter,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> list[Point]:
     """Put everything back as it was at `checkpoint`; return the curve so far, empty without a checkpoint."""
     state = on_main(
-        accelerator, lambda: torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.exists() else None
+        accelerator,
+        lambda: (
+            torch.load(checkpoint, weights_only=True, map_location="cpu")
+            if checkpoint.exists()
+            else None
+        ),
     )
     if state is None:
         return []
@@ -158,4 +184,8 @@ def _resume(checkpoint: Path, adapter: AnyAdapter, optimizer: torch.optim.Optimi
 def _random_state(accelerator: Accelerator) -> dict[str, Any]:
     """Of this process: it draws its own dropout."""
     state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(accelerator.device)} if accelerator.device.type == "cuda" else state
+    return (
+        state | {"cuda": torch.cuda.get_rng_state(accelerator.device)}
+        if accelerator.device.type == "cuda"
+        else state
+    )

@@ -16,7 +16,14 @@ from lora_lite_benchmark.full import BaseModel, FullModel
 if TYPE_CHECKING:
     from lora_lite_benchmark.config import RunConfig
 
-__all__ = ["AnyAdapter", "attach_adapter", "distribution", "load_adapter", "recommended_lr", "resolved_fields"]
+__all__ = [
+    "AnyAdapter",
+    "attach_adapter",
+    "distribution",
+    "load_adapter",
+    "recommended_lr",
+    "resolved_fields",
+]
 
 SPECIAL: dict[str, type[FullModel]] = {"base": BaseModel, "full": FullModel}
 
@@ -59,7 +66,12 @@ def attach_adapter(model: nn.Module, config: "RunConfig", calibration: Iterable[
     """The adapter that `config` asks for, on `model`; `calibration` is passed over only if it needs that."""
     if config.variant in SPECIAL:
         return SPECIAL[config.variant](model)
-    chosen = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers, **config.fields}
+    chosen = {
+        "targets": config.targets,
+        "exclude": config.exclude,
+        "layers": config.layers,
+        **config.fields,
+    }
     arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     planned = ll.plan(model, config.variant, **arguments)
     if any(placement.variant.observe(placement.site) for placement in planned.placements):

@@ -21,7 +21,9 @@ COUNTED_TOKENS = 16
 @torch.no_grad()
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """Shape (rows, tokens, vocabulary); padding is zeroed, as attention to nothing is arbitrary."""
-    output: Any = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    output: Any = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    )
     masked: Tensor = output.logits * batch.attention_mask[..., None]
     return masked
 
@@ -36,7 +38,9 @@ def reload_agrees(config: RunConfig, path: Path, batch: Batch, expected: Tensor)
     found = logits(model, batch)
     if not torch.equal(found, expected):
         largest = float((found - expected).abs().max())
-        raise BenchmarkError(f"{path}: reloaded on a fresh base, its logits differ by up to {largest:.3g}")
+        raise BenchmarkError(
+            f"{path}: reloaded on a fresh base, its logits differ by up to {largest:.3g}"
+        )
     return True
 
 

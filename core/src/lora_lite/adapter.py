@@ -21,7 +21,16 @@ from lora_lite.layers import is_dtensor, whole
 from lora_lite.plugins import provider
 from lora_lite.registry import adapted_root, install, opened, refuse_unfit, refuse_wrapped, remove
 from lora_lite.state import place_values, unpack
-from lora_lite.targets import Indices, Overrides, Patterns, Placement, named_modules, place, plan, root_of
+from lora_lite.targets import (
+    Indices,
+    Overrides,
+    Patterns,
+    Placement,
+    named_modules,
+    place,
+    plan,
+    root_of,
+)
 from lora_lite.variant import Site, Tensors, TensorSpec, Variant
 
 
@@ -62,7 +71,15 @@ def attach(
         CalibrationError: calibration data is missing, superfluous, empty or rejected.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
     """
-    chosen = plan(model, variant, targets=targets, exclude=exclude, layers=layers, overrides=overrides, **fields)
+    chosen = plan(
+        model,
+        variant,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        overrides=overrides,
+        **fields,
+    )
     root = root_of(model)
     refuse_wrapped(root)
     refuse_unfit(root, chosen.placements, name)
@@ -75,7 +92,10 @@ def attach(
             stack.enter_context(other.disabled())
         statistics = calibrate(root, chosen.placements, calibration)
         placements = _specialize(chosen.placements, statistics)
-        values = {p.spot.path: _start_values(p, statistics.get(p.spot.path, {}), control, dtype) for p in placements}
+        values = {
+            p.spot.path: _start_values(p, statistics.get(p.spot.path, {}), control, dtype)
+            for p in placements
+        }
         install(root, control, placements, values)
     return Adapter(root, control)
 
@@ -101,7 +121,9 @@ def adapter_of(model: nn.Module, name: str | None) -> "Adapter":
         return next(iter(found.values()))
     if name not in found:
         asked = f"no adapter named {name!r}" if name is not None else "no single adapter to choose"
-        raise AdapterError(f"the model has {asked}; give the name= of one that it has ({', '.join(sorted(found)) or 'none'})")
+        raise AdapterError(
+            f"the model has {asked}; give the name= of one that it has ({', '.join(sorted(found)) or 'none'})"
+        )
     return found[name]
 
 
@@ -182,7 +204,11 @@ class Adapter:
         for _, spec, parameter in self._tensors():
             if spec.trainable:
                 groups[spec.decay].append(parameter)
-        return [{"params": found, "weight_decay": weight_decay * decay} for decay, found in groups.items() if found]
+        return [
+            {"params": found, "weight_decay": weight_decay * decay}
+            for decay, found in groups.items()
+            if found
+        ]
 
     def project(self) -> None:
         """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
@@ -193,11 +219,17 @@ class Adapter:
     def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `project` after every step of `optimizer`. The returned handle's `remove()` ends that."""
         inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        return inner.register_step_post_hook(lambda *_: self.project() if self._control.entries else None)
+        return inner.register_step_post_hook(
+            lambda *_: self.project() if self._control.entries else None
+        )
 
     def penalty(self) -> Tensor:
         """The sum of the variant's penalties over all sites, a scalar to be added to the loss (0 for most variants)."""
-        terms = [term for entry, site, t in self._each() if (term := entry.variant.penalty(site, t)) is not None]
+        terms = [
+            term
+            for entry, site, t in self._each()
+            if (term := entry.variant.penalty(site, t)) is not None
+        ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     # --- switches
@@ -240,7 +272,9 @@ class Adapter:
             for entry in control.entries.values():
                 entry.prepared = {}
         if versions != [t._version for _, _, t in self._tensors()]:
-            raise AdapterError(f"adapter {self.name!r} was changed under frozen(), which is for inference only")
+            raise AdapterError(
+                f"adapter {self.name!r} was changed under frozen(), which is for inference only"
+            )
 
     # --- state
 
@@ -252,7 +286,9 @@ class Adapter:
         """
         state: dict[str, Tensor] = {}
         for entry, site, t in self._each():
-            saved = entry.variant.state_dict(site, {name: whole(value.detach()) for name, value in t.items()})
+            saved = entry.variant.state_dict(
+                site, {name: whole(value.detach()) for name, value in t.items()}
+            )
             state |= {f"{site.path}.{name}": value for name, value in saved.items()}
         left_out = {} if derived else self._derived()
         return {key: value for key, value in state.items() if key not in left_out}
@@ -264,7 +300,13 @@ class Adapter:
             AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
         """
         entries = self._attached().entries
-        values = unpack([Placement(e.spot, self._modules[path], e.variant, e.specs) for path, e in entries.items()], tensors)
+        values = unpack(
+            [
+                Placement(e.spot, self._modules[path], e.variant, e.specs)
+                for path, e in entries.items()
+            ],
+            tensors,
+        )
         with torch.no_grad():
             for _, site, t in self._each():
                 for name, target in t.items():
@@ -285,7 +327,9 @@ class Adapter:
         """
         state, left_out = self.state_dict(derived), {} if derived else self._derived()
         if not derived and not left_out:
-            raise AdapterFileError(f"derived=False: nothing of {self.variant} can be derived from the base alone; leave it out")
+            raise AdapterFileError(
+                f"derived=False: nothing of {self.variant} can be derived from the base alone; leave it out"
+            )
         header = Metadata(
             variant=self.variant.name,
             variant_format=self.variant.format,
@@ -300,7 +344,10 @@ class Adapter:
             fingerprint=fingerprint({site.path: site for _, site, _ in self._each()}),
             probes={key: probe(whole(value)) for key, value in left_out.items()},
         )
-        if not any(is_dtensor(t) for _, _, t in self._tensors()) or torch.distributed.get_rank() == 0:
+        if (
+            not any(is_dtensor(t) for _, _, t in self._tensors())
+            or torch.distributed.get_rank() == 0
+        ):
             write(path, state, header)
 
     def detach(self) -> None:
@@ -327,35 +374,51 @@ class Adapter:
 
     def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:
         for entry, site, t in self._each():
-            yield from ((f"{site.path}.{name}", spec, t[name]) for name, spec in entry.specs.items())
+            yield from (
+                (f"{site.path}.{name}", spec, t[name]) for name, spec in entry.specs.items()
+            )
 
     def _derived(self) -> dict[str, nn.Parameter]:
         return {key: parameter for key, spec, parameter in self._tensors() if spec.derived}
 
 
-def _specialize(placements: Sequence[Placement], statistics: Mapping[str, Mapping[str, Tensor]]) -> Sequence[Placement]:
+def _specialize(
+    placements: Sequence[Placement], statistics: Mapping[str, Mapping[str, Tensor]]
+) -> Sequence[Placement]:
     """Let each variant choose per-site variants for its own sites from their statistics."""
     chosen: dict[str, Variant | None] = {p.spot.path: p.variant for p in placements}
     for variant in dict.fromkeys(p.variant for p in placements):
         sites = {p.spot.path: p.site for p in placements if p.variant == variant}
         changed = variant.specialize(sites, {path: statistics.get(path, {}) for path in sites})
-        others = {path: v for path, v in changed.items() if path not in sites or type(v) not in (type(variant), type(None))}
+        others = {
+            path: v
+            for path, v in changed.items()
+            if path not in sites or type(v) not in (type(variant), type(None))
+        }
         if others:
-            raise VariantContractError(f"{variant}.specialize gives {others}: sites it was not given, or another class")
+            raise VariantContractError(
+                f"{variant}.specialize gives {others}: sites it was not given, or another class"
+            )
         chosen.update(changed)
     if all(p.variant is chosen[p.spot.path] for p in placements):
         return placements
-    kept = [(p.spot.path, p.module, v) for p in placements if (v := chosen[p.spot.path]) is not None]
+    kept = [
+        (p.spot.path, p.module, v) for p in placements if (v := chosen[p.spot.path]) is not None
+    ]
     if not kept:
         raise TargetError(f"{placements[0].variant} drops every one of its {len(placements)} sites")
     return place(kept)
 
 
-def _start_values(placement: Placement, statistics: Tensors, control: Control, dtype: torch.dtype) -> dict[str, Tensor]:
+def _start_values(
+    placement: Placement, statistics: Tensors, control: Control, dtype: torch.dtype
+) -> dict[str, Tensor]:
     site, variant = placement.site, placement.variant
     with torch.no_grad():
         derived = variant.derive(site)
-        started = variant.init(site, derived, statistics, partial(_generator, control.seed, site.path))
+        started = variant.init(
+            site, derived, statistics, partial(_generator, control.seed, site.path)
+        )
     control.uses_base |= site.weight_was_read
     return place_values(placement, {**derived, **started}, dtype)
 

@@ -15,7 +15,9 @@ from lora_lite.targets import Placement
 from lora_lite.variant import Observer
 
 
-def calibrate(model: nn.Module, placements: Sequence[Placement], batches: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
+def calibrate(
+    model: nn.Module, placements: Sequence[Placement], batches: Iterable[Any] | None
+) -> dict[str, dict[str, Tensor]]:
     """The statistics of every site that observes, after one pass over `batches` in eval mode without gradients.
 
     A batch is what the model is called with: a mapping (keywords), a tuple or list (positional), or one argument. Rows whose
@@ -24,31 +26,50 @@ def calibrate(model: nn.Module, placements: Sequence[Placement], batches: Iterab
     Raises:
         CalibrationError: data is missing or superfluous or empty, the model rejects a batch, or a site is never called.
     """
-    observed = [(p, observer) for p in placements if (observer := p.variant.observe(p.site)) is not None]
+    observed = [
+        (p, observer) for p in placements if (observer := p.variant.observe(p.site)) is not None
+    ]
     if not observed:
         if batches is not None:
             name = placements[0].variant.name
-            raise CalibrationError(f"{name} needs no calibration data with these fields; leave calibration= out")
+            raise CalibrationError(
+                f"{name} needs no calibration data with these fields; leave calibration= out"
+            )
         return {}
     expected = "an iterable of model inputs, such as a DataLoader"
     if batches is None:
-        raise CalibrationError(f"{observed[0][0].variant} needs calibration data: give calibration= {expected}")
+        raise CalibrationError(
+            f"{observed[0][0].variant} needs calibration data: give calibration= {expected}"
+        )
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"calibration= is {describe(batches)}: expected {expected}; of one batch, [batch]")
+        raise CalibrationError(
+            f"calibration= is {describe(batches)}: expected {expected}; of one batch, [batch]"
+        )
     calls = _stream(model, observed, batches)
     if silent := [p.spot.path for p, _ in observed if not calls[p.spot.path]]:
-        raise CalibrationError(f"these sites were never called during calibration:{bullets(silent)}")
+        raise CalibrationError(
+            f"these sites were never called during calibration:{bullets(silent)}"
+        )
     return {p.spot.path: observer.result() for p, observer in observed}
 
 
-def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], batches: Iterable[Any]) -> Counter[str]:
+def _stream(
+    model: nn.Module, observed: Sequence[tuple[Placement, Observer]], batches: Iterable[Any]
+) -> Counter[str]:
     """How often each site was called."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mask: Tensor | None = None
     calls: Counter[str] = Counter()
     count = 0
 
-    def watch(path: str, observer: Observer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+    def watch(
+        path: str,
+        observer: Observer,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Tensor,
+    ) -> None:
         calls[path] += 1
         observer.update(_rows(layer_input(args, kwargs), mask), _rows(y, mask))
 
@@ -58,7 +79,9 @@ def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], ba
         model.eval()
         stack.enter_context(torch.no_grad())
         for p, observer in observed:
-            handle = p.module.register_forward_hook(partial(watch, p.spot.path, observer), with_kwargs=True)
+            handle = p.module.register_forward_hook(
+                partial(watch, p.spot.path, observer), with_kwargs=True
+            )
             stack.callback(handle.remove)
         for count, batch in enumerate(batches, start=1):
             given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -71,7 +94,9 @@ def _stream(model: nn.Module, observed: Sequence[tuple[Placement, Observer]], ba
                     f"the model rejects calibration batch {count - 1} ({describe(batch)}): {told}"
                 ) from error
     if not count:
-        raise CalibrationError("calibration= is empty; give at least one batch (an iterator can be used only once)")
+        raise CalibrationError(
+            "calibration= is empty; give at least one batch (an iterator can be used only once)"
+        )
     return calls
 
 

@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-lite", description="Adapters for PyTorch models.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(run: Callable[[argparse.Namespace], str], about: str, **positional: str) -> argparse.ArgumentParser:
+    def command(
+        run: Callable[[argparse.Namespace], str], about: str, **positional: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__.strip("_"), help=about)
         added.set_defaults(run=run)
         for name, text in positional.items():
@@ -45,15 +47,32 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     listing = command(_variants, "list the installed variants")
-    listing.add_argument("--check", action="store_true", help="load each of them, and say which cannot be used and why")
+    listing.add_argument(
+        "--check",
+        action="store_true",
+        help="load each of them, and say which cannot be used and why",
+    )
     model = "a directory or hub id of a transformers model; only its configuration is read"
-    planning = command(_plan, "show what attach would do, without loading weights", model=model, variant="an installed variant")
-    planning.add_argument("--targets", action="append", help="a regular expression on layer names; may be repeated")
+    planning = command(
+        _plan,
+        "show what attach would do, without loading weights",
+        model=model,
+        variant="an installed variant",
+    )
+    planning.add_argument(
+        "--targets", action="append", help="a regular expression on layer names; may be repeated"
+    )
     planning.add_argument("--exclude", action="append", help="likewise, taken away again")
     planning.add_argument("--layers", type=int, nargs="+", help="indices of the repeated blocks")
-    planning.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the variant")
+    planning.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the variant"
+    )
     command(_inspect, "show what a file holds, without its plugin or a model", file="of an adapter")
-    command(_new, "write the package of a new variant: code to replace, tests, CI, licence", name="such as my-method")
+    command(
+        _new,
+        "write the package of a new variant: code to replace, tests, CI, licence",
+        name="such as my-method",
+    )
     variant = "an installed variant, or module:Class of a Variant or of a VariantTests"
     command(_conform, "hold a variant to every promise of the conformance suite", variant=variant)
     return parser
@@ -71,7 +90,9 @@ def _variants(options: argparse.Namespace) -> str:
                 rows.append(f"  cannot be used: {error}")
     if broken:
         print(*rows, sep="\n")
-        raise LoraLiteError(f"{len(broken)} of {len(found)} variants cannot be used: {', '.join(broken)}")
+        raise LoraLiteError(
+            f"{len(broken)} of {len(found)} variants cannot be used: {', '.join(broken)}"
+        )
     return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
 
 
@@ -89,7 +110,11 @@ def _conform(options: argparse.Namespace) -> str:
 def _plan(options: argparse.Namespace) -> str:
     variant = make_variant(options.variant, dict(_assignment(text) for text in options.set))
     model = _empty_model(options.model)
-    return str(plan(model, variant, targets=options.targets, exclude=options.exclude, layers=options.layers))
+    return str(
+        plan(
+            model, variant, targets=options.targets, exclude=options.exclude, layers=options.layers
+        )
+    )
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -111,7 +136,9 @@ def _empty_model(name: str) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise LoraLiteError(f"{name} cannot be read as a causal language model of transformers: {error}") from None
+        raise LoraLiteError(
+            f"{name} cannot be read as a causal language model of transformers: {error}"
+        ) from None
     return model
 
 
@@ -126,5 +153,8 @@ def _inspect(options: argparse.Namespace) -> str:
         f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
     ]
     for fields in dict.fromkeys(header.sites.values()):
-        lines += [f"fields       {fields}", *(f"  {site}" for site, own in header.sites.items() if own == fields)]
+        lines += [
+            f"fields       {fields}",
+            *(f"  {site}" for site, own in header.sites.items() if own == fields),
+        ]
     return "\n".join(lines)

@@ -48,23 +48,36 @@ def check(model: nn.Module, batch: Any) -> Report:
     found = adapters(model)
     if not found:
         raise AdapterError("check: the model has no adapter; attach or load one first")
-    parameters = {f"{a.name}: {n}": p for a in found.values() for n, p in a.named_parameters() if p.requires_grad}
+    parameters = {
+        f"{a.name}: {n}": p
+        for a in found.values()
+        for n, p in a.named_parameters()
+        if p.requires_grad
+    }
     modules = {path: module for a in found.values() for path, module in a._modules.items()}
     if not parameters:
-        raise CheckError("no adapter parameter requires a gradient; was requires_grad_(False) called on the whole model?")
+        raise CheckError(
+            "no adapter parameter requires a gradient; was requires_grad_(False) called on the whole model?"
+        )
     calls: Counter[str] = Counter()
     with ExitStack() as stack:
         _restore_later(stack, model, parameters.values())
         model.zero_grad(set_to_none=True)
         for path, module in modules.items():
-            stack.callback(module.register_forward_hook(lambda *_, path=path: calls.update((path,))).remove)
+            stack.callback(
+                module.register_forward_hook(lambda *_, path=path: calls.update((path,))).remove
+            )
         _perturb(parameters.values())
         loss = _loss(call(model, batch, next(model.parameters()).device), batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
             off = [name for name, a in found.items() if not (a._control.enabled and a.scale)]
             wrong = [f"adapter {name!r} is disabled or has scale 0" for name in off]
-            wrong += [f"{path}: the layer was never called, so its hooks never fired" for path in modules if not calls[path]]
+            wrong += [
+                f"{path}: the layer was never called, so its hooks never fired"
+                for path in modules
+                if not calls[path]
+            ]
             wrong += _bad_gradients(parameters, model)
         elif torch.is_grad_enabled():
             wrong = ["the loss does not depend on any adapter parameter", *_checkpointing(model)]
@@ -97,17 +110,29 @@ def _loss(output: Any, batch: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss
-    tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
+    tensors = [
+        value
+        for value in tree_leaves(output)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
     if not tensors:
-        raise CheckError(f"the model gives no floating-point tensor for this batch ({describe(batch)})")
+        raise CheckError(
+            f"the model gives no floating-point tensor for this batch ({describe(batch)})"
+        )
     return tensors[0].float().square().mean()
 
 
 def _bad_gradients(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
     missing = [f"{name}: no gradient" for name, p in parameters.items() if p.grad is None]
     found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    broken = [f"{name}: the gradient is not finite" for name, gradient in found.items() if not gradient.isfinite().all()]
-    zero = [f"{name}: the gradient is zero" for name, gradient in found.items() if not gradient.any()]
+    broken = [
+        f"{name}: the gradient is not finite"
+        for name, gradient in found.items()
+        if not gradient.isfinite().all()
+    ]
+    zero = [
+        f"{name}: the gradient is zero" for name, gradient in found.items() if not gradient.any()
+    ]
     return (_checkpointing(model) if missing else []) + missing + broken + zero
 
 
@@ -116,4 +141,8 @@ def _checkpointing(model: nn.Module) -> list[str]:
         "gradient checkpointing is on: in its reentrant form it drops the gradients of a block whose input needs none. Turn it "
         "on with {'use_reentrant': False} as its keyword arguments, or call model.enable_input_require_grads()"
     )
-    return [told] if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) else []
+    return (
+        [told]
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        else []
+    )

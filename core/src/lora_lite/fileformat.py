@@ -40,7 +40,12 @@ class Metadata(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64"
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        ser_json_inf_nan="constants",
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
     )
 
     format: int = FORMAT
@@ -94,13 +99,19 @@ def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
     if text is None:
-        raise AdapterFileError(f"{path} is not an adapter of lora-lite: its metadata has no {KEY!r}")
+        raise AdapterFileError(
+            f"{path} is not an adapter of lora-lite: its metadata has no {KEY!r}"
+        )
     try:
         loaded: Any = json.loads(text)
         version = loaded.get("format") if isinstance(loaded, dict) else None
         if isinstance(version, int) and version > FORMAT:
-            newer = f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}"
-            raise AdapterFileError(f"{newer}; this one reads up to {FORMAT}. pip install --upgrade lora-lite-core")
+            newer = (
+                f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}"
+            )
+            raise AdapterFileError(
+                f"{newer}; this one reads up to {FORMAT}. pip install --upgrade lora-lite-core"
+            )
         return Metadata.model_validate_json(text), tensors
     except (json.JSONDecodeError, ValidationError) as error:
         raise AdapterFileError(f"{path} has damaged metadata: {error}") from None
@@ -108,4 +119,9 @@ def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
 
 def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
     """Every tensor name with its dtype, or dtypes where the sites differ, such as `["A float32", "B float32"]`."""
-    return sorted({f"{key.rpartition('.')[2]} {str(t.dtype).removeprefix('torch.')}" for key, t in tensors.items()})
+    return sorted(
+        {
+            f"{key.rpartition('.')[2]} {str(t.dtype).removeprefix('torch.')}"
+            for key, t in tensors.items()
+        }
+    )

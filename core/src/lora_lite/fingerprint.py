@@ -40,7 +40,9 @@ def fingerprint(sites: Mapping[str, Site]) -> dict[str, bytes]:
 
 def changed(recorded: Mapping[str, bytes], sites: Mapping[str, Site]) -> list[str]:
     """The sites whose weights are not those of the recorded fingerprint."""
-    return [path for path, before in recorded.items() if path in sites and _differs(before, sites[path])]
+    return [
+        path for path, before in recorded.items() if path in sites and _differs(before, sites[path])
+    ]
 
 
 def _differs(before: bytes, site: Site) -> bool:

@@ -16,14 +16,22 @@ from lora_lite.calibration import describe
 from lora_lite.errors import AdapterError, VariantContractError
 from lora_lite.layers import layer_input
 from lora_lite.targets import Placement
-from lora_lite.variant import Site, Variant
+from lora_lite.variant import ScaledVariant, Site, Variant
 
 
 class Control:
     """What all sites of one adapter share, and what `Adapter` turns: its scale, and whether it is on or frozen."""
 
-    def __init__(self, name: str, variant: Variant, seed: int, scale: float = 1.0, uses_base: bool = False) -> None:
-        self.name, self.variant, self.seed, self.scale, self.uses_base = name, variant, seed, scale, uses_base
+    def __init__(
+        self, name: str, variant: Variant, seed: int, scale: float = 1.0, uses_base: bool = False
+    ) -> None:
+        self.name, self.variant, self.seed, self.scale, self.uses_base = (
+            name,
+            variant,
+            seed,
+            scale,
+            uses_base,
+        )
         self.enabled, self.frozen = True, False
         self.entries: dict[str, Entry] = {}
 
@@ -36,9 +44,15 @@ class Entry:
         self.control, self.spot, self.variant = control, placement.spot, placement.variant
         self.specs = dict(placement.specs)
         self.attributes = {name: attribute(control.name, name) for name in self.specs}
-        self.prepares = cls.prepare is not Variant.prepare
-        self.has_input_delta = cls.delta_input is not Variant.delta_input
-        self.has_output_delta = cls.delta_output is not Variant.delta_output
+        self.prepares = cls.prepare not in (Variant.prepare, ScaledVariant.prepare)
+        self.has_input_delta = cls.delta_input not in (
+            Variant.delta_input,
+            ScaledVariant.delta_input,
+        )
+        self.has_output_delta = cls.delta_output not in (
+            Variant.delta_output,
+            ScaledVariant.delta_output,
+        )
         self.prepared: dict[tuple[torch.dtype, float], dict[str, Tensor]] = {}
 
     def stored(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,26 +67,45 @@ class Entry:
         if self.prepares:
             t.update(self._prepare(site, t, like, extra))
         variant = self.variant
-        delta = variant.delta_input(site, t, x, **extra) if y is None else variant.delta_output(site, t, x, y, **extra)
-        if delta.shape == like.shape and delta.dtype != like.dtype and torch.is_autocast_enabled(like.device.type):
+        delta = (
+            variant.delta_input(site, t, x, **extra)
+            if y is None
+            else variant.delta_output(site, t, x, y, **extra)
+        )
+        if (
+            delta.shape == like.shape
+            and delta.dtype != like.dtype
+            and torch.is_autocast_enabled(like.device.type)
+        ):
             delta = delta.to(like.dtype)
         if delta.shape != like.shape or delta.dtype != like.dtype:
             gave = f"variant {variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}"
-            raise VariantContractError(f"{gave}; a delta has the shape and dtype of what it is added to")
+            raise VariantContractError(
+                f"{gave}; a delta has the shape and dtype of what it is added to"
+            )
         return delta if extra or scale == 1.0 else delta * scale
 
     def _read(self, module: nn.Module, like: Tensor) -> dict[str, Tensor]:
-        dtypes = {"activation": like.dtype, "float32": torch.promote_types(like.dtype, torch.float32)}
+        dtypes = {
+            "activation": like.dtype,
+            "float32": torch.promote_types(like.dtype, torch.float32),
+        }
         t: dict[str, Tensor] = {}
         for name, value in self.stored(module).items():
             if value.device != like.device:
                 where = f"tensor {self.attributes[name]!r} is on {value.device}, the activation on {like.device}"
-                raise AdapterError(f"{where}; attach or load where the model shall stay, or move both with model.to(device)")
+                raise AdapterError(
+                    f"{where}; attach or load where the model shall stay, or move both with model.to(device)"
+                )
             # An index stays what it is.
-            t[name] = value.to(dtypes[self.specs[name].compute]) if value.is_floating_point() else value
+            t[name] = (
+                value.to(dtypes[self.specs[name].compute]) if value.is_floating_point() else value
+            )
         return t
 
-    def _prepare(self, site: Site, t: dict[str, Tensor], like: Tensor, extra: dict[str, float]) -> dict[str, Tensor]:
+    def _prepare(
+        self, site: Site, t: dict[str, Tensor], like: Tensor, extra: dict[str, float]
+    ) -> dict[str, Tensor]:
         """Under `frozen()` the same for every call without gradients; else afresh. Autocast would undo `TensorSpec.compute`."""
         reuse = self.control.frozen and not torch.is_grad_enabled()
         key = (like.dtype, self.control.scale)
@@ -112,15 +145,25 @@ class SiteHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         x = layer_input(args, kwargs)
-        deltas = [entry.delta(module, x) for entry in self.entries if entry.has_input_delta and entry.control.enabled]
+        deltas = [
+            entry.delta(module, x)
+            for entry in self.entries
+            if entry.has_input_delta and entry.control.enabled
+        ]
         if not deltas:
             return None
         x = sum(deltas, start=x)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor | None:
         x = layer_input(args, kwargs)
-        deltas = [entry.delta(module, x, y) for entry in self.entries if entry.has_output_delta and entry.control.enabled]
+        deltas = [
+            entry.delta(module, x, y)
+            for entry in self.entries
+            if entry.has_output_delta and entry.control.enabled
+        ]
         return sum(deltas, start=y) if deltas else None
 
 

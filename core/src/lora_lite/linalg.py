@@ -19,7 +19,9 @@ def check_rank(r: int, site: Site, field: str = "r") -> None:
     """Raises `SiteError` naming the largest possible rank where r > min(d_in, d_out)."""
     largest = min(site.d_in, site.d_out)
     if r > largest:
-        raise SiteError(field, f"{r} is larger than this layer allows; the largest possible is {largest}")
+        raise SiteError(
+            field, f"{r} is larger than this layer allows; the largest possible is {largest}"
+        )
 
 
 def top_r_svd(w: Tensor, r: int, method: SvdMethod = "randomized") -> tuple[Tensor, Tensor, Tensor]:

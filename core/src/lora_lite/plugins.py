@@ -30,9 +30,18 @@ T = TypeVar("T")
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 # The distributions to name in an install hint.
-FIRST_PARTY = {name: f"lora-lite-{name}" for name in ("lora", "pissa", "dora", "eva", "hra", "delora")}
-FIRST_PARTY |= {"ia3": "lora-lite-ia3", "ia3_ff": "lora-lite-ia3", "lora_xs": "lora-lite-lora-xs", "road": "lora-lite-road"}
-FIRST_PARTY |= {f"antipasto{core}": "lora-lite-antipasto" for core in ("", "_gain", "_ablate", "_mix")}
+FIRST_PARTY = {
+    name: f"lora-lite-{name}" for name in ("lora", "pissa", "dora", "eva", "hra", "delora")
+}
+FIRST_PARTY |= {
+    "ia3": "lora-lite-ia3",
+    "ia3_ff": "lora-lite-ia3",
+    "lora_xs": "lora-lite-lora-xs",
+    "road": "lora-lite-road",
+}
+FIRST_PARTY |= {
+    f"antipasto{core}": "lora-lite-antipasto" for core in ("", "_gain", "_ablate", "_mix")
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,10 @@ def variants() -> dict[str, VariantInfo]:
 
     A name that several distributions provide is listed once, under all of them; `attach` refuses it.
     """
-    sources = {name: zip(*map(_source, points), strict=True) for name, points in sorted(_entry_points(VARIANTS).items())}
+    sources = {
+        name: zip(*map(_source, points), strict=True)
+        for name, points in sorted(_entry_points(VARIANTS).items())
+    }
     return {name: VariantInfo(name, *map(" / ".join, parts)) for name, parts in sources.items()}
 
 
@@ -81,10 +93,16 @@ def variant_class(name: str) -> type[Variant]:
         raise UnknownVariantError(_not_installed(name, sorted(points)))
     loaded = _load(points[name], Variant)
     if loaded.name != name:
-        told = f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}"
-        raise PluginError(f"{told}; its author must make the entry point and `class ...(Variant, name=...)` agree")
+        told = (
+            f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}"
+        )
+        raise PluginError(
+            f"{told}; its author must make the entry point and `class ...(Variant, name=...)` agree"
+        )
     # The hook alone, since pluggy would look at every attribute of a pydantic class.
-    _manager.register(SimpleNamespace(lora_lite_variant=loaded.lora_lite_variant), name=f"{VARIANTS}:{name}")
+    _manager.register(
+        SimpleNamespace(lora_lite_variant=loaded.lora_lite_variant), name=f"{VARIANTS}:{name}"
+    )
     return loaded
 
 
@@ -96,12 +114,18 @@ def make_variant(variant: str | Variant, fields: Mapping[str, Any]) -> Variant:
     """
     if isinstance(variant, Variant):
         if fields:
-            raise FieldError(f"{variant} is already made: put {', '.join(fields)} into it instead of into this call")
+            raise FieldError(
+                f"{variant} is already made: put {', '.join(fields)} into it instead of into this call"
+            )
         if not variant.name:
-            raise FieldError(f"{type(variant).__qualname__} has no name: write `class ...(Variant, name='my_method')`")
+            raise FieldError(
+                f"{type(variant).__qualname__} has no name: write `class ...(Variant, name='my_method')`"
+            )
         return variant
     if not isinstance(variant, str):
-        raise FieldError(f"a variant is a name or an instance of a Variant subclass, not {variant!r}")
+        raise FieldError(
+            f"a variant is a name or an instance of a Variant subclass, not {variant!r}"
+        )
     return validated(variant_class(variant), fields)
 
 
@@ -110,7 +134,9 @@ def validated(cls: type[Variant], fields: Mapping[str, Any]) -> Variant:
     try:
         return cls(**fields)
     except ValidationError as error:
-        wrong = "; ".join(_complaint(detail, list(cls.model_fields)) for detail in error.errors(include_url=False))
+        wrong = "; ".join(
+            _complaint(detail, list(cls.model_fields)) for detail in error.errors(include_url=False)
+        )
         raise FieldError(f"variant {cls.name!r}: {wrong}") from None
 
 
@@ -149,7 +175,11 @@ _points_once = cache(_entry_points)
 
 def _source(point: metadata.EntryPoint) -> tuple[str, str, str]:
     """(distribution, version, module:Class)."""
-    return (point.dist.name, point.dist.version, point.value) if point.dist else ("an unknown distribution", "?", point.value)
+    return (
+        (point.dist.name, point.dist.version, point.value)
+        if point.dist
+        else ("an unknown distribution", "?", point.value)
+    )
 
 
 def _where(point: metadata.EntryPoint) -> str:
@@ -160,8 +190,17 @@ def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
     """The object of the only one of `points`, a subclass of `base`."""
     point, where = points[0], _where(points[0])
     if len(points) > 1:
-        raise PluginError(f"{point.name!r} is provided twice, by {' and by '.join(map(_where, points))}; uninstall one of them")
-    needs = next((n for n in (point.dist and point.dist.requires) or () if re.match(r"lora-lite-core(?![\w-])[^;]*$", n)), "")
+        raise PluginError(
+            f"{point.name!r} is provided twice, by {' and by '.join(map(_where, points))}; uninstall one of them"
+        )
+    needs = next(
+        (
+            n
+            for n in (point.dist and point.dist.requires) or ()
+            if re.match(r"lora-lite-core(?![\w-])[^;]*$", n)
+        ),
+        "",
+    )
     core = metadata.version("lora-lite-core")
     asks = f"asks for {needs or 'no particular lora-lite-core'}; installed is lora-lite-core {core}"
     if _excludes(needs, core):
@@ -172,7 +211,9 @@ def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
         told = f"{type(error).__name__}: {error}"
         raise PluginError(f"{where} is installed but fails on import: {told}. It {asks}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        raise PluginError(f"{where} gives {loaded!r}; expected a subclass of lora_lite.{base.__name__}")
+        raise PluginError(
+            f"{where} gives {loaded!r}; expected a subclass of lora_lite.{base.__name__}"
+        )
     return loaded
 
 

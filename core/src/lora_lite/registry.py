@@ -27,7 +27,9 @@ class Registry:
     def __init__(self, root: nn.Module) -> None:
         self.controls: dict[str, Control] = {}
         self.entered: dict[str, LayerKind] = {}
-        self.trainable = frozenset(plain_path(name) for name, p in root.named_parameters() if p.requires_grad)
+        self.trainable = frozenset(
+            plain_path(name) for name, p in root.named_parameters() if p.requires_grad
+        )
 
 
 def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
@@ -38,10 +40,16 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
         AdapterError: `model` is only a part of the module through which they were attached, or holds two such modules.
     """
     root = root_of(model)
-    found = [(module, registry.controls) for module in root.modules() if (registry := module.__dict__.get(KEY))]
+    found = [
+        (module, registry.controls)
+        for module in root.modules()
+        if (registry := module.__dict__.get(KEY))
+    ]
     if len(found) > 1:
         names = ", ".join(type(module).__name__ for module, _ in found)
-        raise AdapterError(f"adapters were attached through {len(found)} modules of this model ({names}); detach all but one")
+        raise AdapterError(
+            f"adapters were attached through {len(found)} modules of this model ({names}); detach all but one"
+        )
     if not found and any(map(hooks_of, root.modules())):
         whole = f"this {type(root).__name__} is a part of a larger model through which its adapters were attached"
         raise AdapterError(f"{whole}; use that larger model here")
@@ -52,9 +60,15 @@ def refuse_wrapped(root: nn.Module) -> None:
     """Raises `AdapterError` for a model that DDP or FSDP2 has prepared already: it would not reduce new gradients."""
     wrapped = isinstance(root, nn.parallel.DistributedDataParallel)
     if wrapped or any(map(is_dtensor, root.parameters())):
-        what = "is wrapped in DistributedDataParallel" if wrapped else "has sharded parameters (DTensor)"
+        what = (
+            "is wrapped in DistributedDataParallel"
+            if wrapped
+            else "has sharded parameters (DTensor)"
+        )
         why = "or gradients of the adapter would silently not be reduced"
-        raise AdapterError(f"the model {what}: attach, load and detach before it is wrapped, and before fully_shard(), {why}")
+        raise AdapterError(
+            f"the model {what}: attach, load and detach before it is wrapped, and before fully_shard(), {why}"
+        )
 
 
 def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> None:
@@ -64,23 +78,37 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
         AdapterError: a bad or used name, another root, a meta or offloaded base, an attribute in the way.
     """
     if not name.isidentifier():
-        raise AdapterError(f"name={name!r}: an adapter's name is made of letters, digits and underscores")
+        raise AdapterError(
+            f"name={name!r}: an adapter's name is made of letters, digits and underscores"
+        )
     found, controls = adapted_root(root)
     if found is not root:
         part = f"a part of this model ({type(found).__name__})"
-        raise AdapterError(f"adapters were attached through {part}; attach this one there too, or detach those first")
+        raise AdapterError(
+            f"adapters were attached through {part}; attach this one there too, or detach those first"
+        )
     if name in controls:
         used = ", ".join(sorted(controls))
-        raise AdapterError(f"an adapter named {name!r} is attached already; detach it, or give another name= (in use: {used})")
+        raise AdapterError(
+            f"an adapter named {name!r} is attached already; detach it, or give another name= (in use: {used})"
+        )
     for placement in placements:
         path, module = placement.spot.path, placement.module
         if any(p.device.type == "meta" for p in module.parameters()):
             why = "is on the meta device (offloaded, or not loaded yet): an adapter there would silently do nothing"
-            raise AdapterError(f"{path} {why}. Load the weights onto a real device first; plan() works on meta")
+            raise AdapterError(
+                f"{path} {why}. Load the weights onto a real device first; plan() works on meta"
+            )
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
-            raise AdapterError(f"{path} is offloaded by accelerate; load the model without offloading this layer")
-        if taken := [key for tensor in placement.specs if hasattr(module, key := attribute(name, tensor))]:
-            raise AdapterError(f"{path} has an attribute {taken[0]!r} already; give the adapter another name=")
+            raise AdapterError(
+                f"{path} is offloaded by accelerate; load the model without offloading this layer"
+            )
+        if taken := [
+            key for tensor in placement.specs if hasattr(module, key := attribute(name, tensor))
+        ]:
+            raise AdapterError(
+                f"{path} has an attribute {taken[0]!r} already; give the adapter another name="
+            )
 
 
 @contextmanager
@@ -108,13 +136,22 @@ def opened(root: nn.Module) -> Iterator[Registry]:
             del root.__dict__[KEY]
 
 
-def install(root: nn.Module, control: Control, placements: Sequence[Placement], values: Mapping[str, Tensors]) -> None:
+def install(
+    root: nn.Module,
+    control: Control,
+    placements: Sequence[Placement],
+    values: Mapping[str, Tensors],
+) -> None:
     """Register tensors and hooks. All or nothing."""
     with opened(root) as registry:
         registry.controls[control.name] = control
         try:
             for placement in placements:
-                path, module, entry = placement.spot.path, placement.module, Entry(control, placement)
+                path, module, entry = (
+                    placement.spot.path,
+                    placement.module,
+                    Entry(control, placement),
+                )
                 control.entries[path] = entry
                 for name, spec in entry.specs.items():
                     tensor = nn.Parameter(values[path][name], requires_grad=spec.trainable)

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from lora_lite.errors import AdapterError, LayerKindError, MisfitError, SiteError, TargetError, bullets, did_you_mean
+from lora_lite.errors import (
+    AdapterError,
+    LayerKindError,
+    MisfitError,
+    SiteError,
+    TargetError,
+    bullets,
+    did_you_mean,
+)
 from lora_lite.layers import class_name, looks_linear
 from lora_lite.plugins import kind_of, make_variant, validated
 from lora_lite.variant import Site, Spot, TensorSpec, Variant
@@ -73,13 +81,31 @@ class Plan:
         return sum(p.variant.macs_per_forward(p.site) for p in self.placements)
 
     def __str__(self) -> str:
-        rows = [(p.spot.path, f"{p.spot.d_in} -> {p.spot.d_out}", Plan(self.variant, (p,), ())) for p in self.placements]
+        rows = [
+            (p.spot.path, f"{p.spot.d_in} -> {p.spot.d_out}", Plan(self.variant, (p,), ()))
+            for p in self.placements
+        ]
         rows.append(("total", f"{len(rows)} sites", self))
         width = max(len(path) for path, *_ in rows)
-        head = f"{'site':<{width}}   d_in -> d_out      parameters      MACs/token      MACs/forward"
-        costs = [f"{p.parameters:>14,}  {p.macs_per_token:>14,}  {p.macs_per_forward:>16,}" for _, _, p in rows]
-        lines = [f"{path:<{width}}  {shape:>14}  {cost}" for (path, shape, _), cost in zip(rows, costs, strict=True)]
-        return "\n".join([str(self.variant), head, *lines, *(f"out of reach: {text}" for text in self.unreachable)])
+        head = (
+            f"{'site':<{width}}   d_in -> d_out      parameters      MACs/token      MACs/forward"
+        )
+        costs = [
+            f"{p.parameters:>14,}  {p.macs_per_token:>14,}  {p.macs_per_forward:>16,}"
+            for _, _, p in rows
+        ]
+        lines = [
+            f"{path:<{width}}  {shape:>14}  {cost}"
+            for (path, shape, _), cost in zip(rows, costs, strict=True)
+        ]
+        return "\n".join(
+            [
+                str(self.variant),
+                head,
+                *lines,
+                *(f"out of reach: {text}" for text in self.unreachable),
+            ]
+        )
 
 
 def plan(
@@ -115,7 +141,9 @@ def plan(
     root = root_of(model)
     found = find_layers(root)
     selected = _select(root, found, chosen, targets, exclude, layers)
-    return Plan(chosen, place(_overridden(chosen, selected, overrides)), tuple(_unreachable(root, found)))
+    return Plan(
+        chosen, place(_overridden(chosen, selected, overrides)), tuple(_unreachable(root, found))
+    )
 
 
 def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement, ...]:
@@ -129,7 +157,9 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
     for path, module, variant in choices:
         kind = kind_of(module)
         if kind is None:
-            unknown.append(f"{path}: {class_name(module)}, its weight {class_name(getattr(module, 'weight', None))}")
+            unknown.append(
+                f"{path}: {class_name(module)}, its weight {class_name(getattr(module, 'weight', None))}"
+            )
             continue
         d_in, d_out = kind.shape(module)
         spot = Spot(path, kind, d_in, d_out, kind.bias(module) is not None)
@@ -139,8 +169,12 @@ def place(choices: Iterable[tuple[str, nn.Module, Variant]]) -> tuple[Placement,
             misfits.append(f"{path} ({d_in} -> {d_out}): {variant.name}: {error}")
     if unknown:
         write = "write one (a lora_lite.LayerKind in the entry-point group lora_lite.layers, named after their root package)"
-        ways = f"Install the plugin that teaches their kind, {write}, or leave them out with exclude="
-        raise LayerKindError(f"these layers look linear, but no installed layer kind can read them. {ways}:{bullets(unknown)}")
+        ways = (
+            f"Install the plugin that teaches their kind, {write}, or leave them out with exclude="
+        )
+        raise LayerKindError(
+            f"these layers look linear, but no installed layer kind can read them. {ways}:{bullets(unknown)}"
+        )
     if misfits:
         misfit = f"the variant does not fit {len(misfits)} of {len(placements) + len(misfits)} sites; nothing was changed"
         ways = "Choose other fields, or other ones for these sites (overrides=), or leave the sites out (exclude=)"
@@ -196,19 +230,29 @@ def find_layers(root: nn.Module) -> list[Layer]:
         elif looks_linear(module) or kind_of(module) is not None:
             paths.setdefault(module, []).append(path)
     blocks = {module: frozenset(_blocks(names, lists)) for module, names in paths.items()}
-    return [Layer(names[0], tuple(names), m, blocks[m], m not in unreachable) for m, names in paths.items()]
+    return [
+        Layer(names[0], tuple(names), m, blocks[m], m not in unreachable)
+        for m, names in paths.items()
+    ]
 
 
 def _blocks(paths: list[str], lists: set[str]) -> Iterator[int]:
     """The index of the outermost repeated block, for each path that lies in one."""
     for parts in (path.split(".") for path in paths):
-        depth = next((depth for depth in range(len(parts)) if ".".join(parts[:depth]) in lists), None)
+        depth = next(
+            (depth for depth in range(len(parts)) if ".".join(parts[:depth]) in lists), None
+        )
         if depth is not None:
             yield int(parts[depth])
 
 
 def _select(
-    root: nn.Module, found: list[Layer], variant: Variant, targets: Patterns, exclude: Patterns, layers: Indices
+    root: nn.Module,
+    found: list[Layer],
+    variant: Variant,
+    targets: Patterns,
+    exclude: Patterns,
+    layers: Indices,
 ) -> list[Layer]:
     if not found:
         raise TargetError(f"{type(root).__name__} has no linear layer")
@@ -218,19 +262,29 @@ def _select(
     if not groups or not groups[0]:
         why = f"{type(root).__name__} has no repeated blocks (ModuleLists) to choose layers from by default"
         why = why if targets is None else "targets=() chooses no layer"
-        raise TargetError(f"{why}; give targets=. The linear layers to choose from:{_inventory(found)}")
-    taken = _heads(root, found) if exclude is None else set().union(*_matches(exclude, found, "exclude"))
+        raise TargetError(
+            f"{why}; give targets=. The linear layers to choose from:{_inventory(found)}"
+        )
+    taken = (
+        _heads(root, found)
+        if exclude is None
+        else set().union(*_matches(exclude, found, "exclude"))
+    )
     for group in groups:
         if group <= taken:
             given = "exclude" if exclude else "exclude (by default the output head)"
             lost = bullets(layer.path for layer in found if layer in group)
-            raise TargetError(f"{given} takes away all that a pattern of targets= matches; exclude=() would adapt these:{lost}")
+            raise TargetError(
+                f"{given} takes away all that a pattern of targets= matches; exclude=() would adapt these:{lost}"
+            )
     chosen = set().union(*groups) - taken
     selected = [layer for layer in found if layer in chosen]
     selected = selected if layers is None else _inside(selected, found, layers)
     if silent := [layer.path for layer in selected if not layer.reachable]:
         why = "because their parent (nn.MultiheadAttention) reads their weight without calling them"
-        raise TargetError(f"hooks never fire on these layers, {why}; leave them out with exclude=:{bullets(silent)}")
+        raise TargetError(
+            f"hooks never fire on these layers, {why}; leave them out with exclude=:{bullets(silent)}"
+        )
     return selected
 
 
@@ -241,7 +295,9 @@ def _inside(selected: list[Layer], found: list[Layer], layers: int | Iterable[in
     kept = [layer for layer in selected if wanted & layer.blocks]
     if not kept or not wanted <= known:
         have = f"repeated blocks {f'0 to {max(known)}' if known else 'none at all'}"
-        raise TargetError(f"layers={sorted(wanted)}: the model has {have}, and {len(kept)} of the chosen layers lie in those")
+        raise TargetError(
+            f"layers={sorted(wanted)}: the model has {have}, and {len(kept)} of the chosen layers lie in those"
+        )
     return kept
 
 
@@ -250,7 +306,9 @@ def _heads(root: nn.Module, found: list[Layer]) -> set[Layer]:
     return {layer for layer in found if layer.module is head or any(map(HEAD.search, layer.paths))}
 
 
-def _overridden(variant: Variant, selected: list[Layer], overrides: Overrides) -> Iterator[tuple[str, nn.Module, Variant]]:
+def _overridden(
+    variant: Variant, selected: list[Layer], overrides: Overrides
+) -> Iterator[tuple[str, nn.Module, Variant]]:
     fields: dict[Layer, dict[str, Any]] = {}
     for pattern, values in (overrides or {}).items():
         for layer in _matches(pattern, selected, "overrides")[0]:
@@ -266,11 +324,17 @@ def _matches(patterns: Patterns, among: list[Layer], argument: str) -> list[set[
     groups = []
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns or ()):
         try:
-            groups.append({layer for layer in among if any(re.search(pattern, path) for path in layer.paths)})
+            groups.append(
+                {layer for layer in among if any(re.search(pattern, path) for path in layer.paths)}
+            )
         except (re.error, TypeError) as error:
-            raise TargetError(f"{argument}={patterns!r}: not a regular expression: {error}") from None
+            raise TargetError(
+                f"{argument}={patterns!r}: not a regular expression: {error}"
+            ) from None
         if not groups[-1]:
-            names = {part for layer in among for part in layer.path.split(".") if not part.isdigit()}
+            names = {
+                part for layer in among for part in layer.path.split(".") if not part.isdigit()
+            }
             told = f"{argument}: {pattern!r} matches no linear layer{did_you_mean(pattern.strip('^$.'), names)}"
             raise TargetError(f"{told}\nThe linear layers to choose from:{_inventory(among)}")
     return groups

@@ -29,7 +29,9 @@ Identity = Literal["exact", "rounding", "none"]
 Rng = Callable[[str], torch.Generator]
 Tensors = Mapping[str, Tensor]
 
-ATTACH_WORDS = frozenset({"name", "targets", "exclude", "layers", "overrides", "calibration", "dtype", "seed"})
+ATTACH_WORDS = frozenset(
+    {"name", "targets", "exclude", "layers", "overrides", "calibration", "dtype", "seed"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,13 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not self.shape or any(not isinstance(n, int) or n < 1 for n in self.shape):
-            raise VariantDefinitionError(f"a TensorSpec needs one or more positive dimensions, not shape={self.shape}")
+            raise VariantDefinitionError(
+                f"a TensorSpec needs one or more positive dimensions, not shape={self.shape}"
+            )
         if self.derived and self.trainable:
-            raise VariantDefinitionError("a derived tensor is frozen: write TensorSpec(..., trainable=False, derived=True)")
+            raise VariantDefinitionError(
+                "a derived tensor is frozen: write TensorSpec(..., trainable=False, derived=True)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,13 @@ class Variant(BaseModel):
     `site` is a `Site`, `t` maps tensor names to tensors, x is (..., d_in), y is (..., d_out).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        ser_json_inf_nan="constants",
+    )
 
     name: ClassVar[str] = ""
     format: ClassVar[int] = 1
@@ -165,7 +177,9 @@ class Variant(BaseModel):
         """The tensors declared `derived`, computed from the base weight alone, the same way every time."""
         return {}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         """The start values of all other tensors. `rng(tensor_name)` gives a CPU generator of that tensor's own;
         `statistics` is what this site's observer returned (empty without one).
         """
@@ -200,7 +214,9 @@ class Variant(BaseModel):
         """An observer, where these field values need calibration data; None where they do not."""
         return None
 
-    def specialize(self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]) -> "Mapping[str, Variant | None]":
+    def specialize(
+        self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]
+    ) -> "Mapping[str, Variant | None]":
         """Per-site variants chosen from the statistics of all sites. None drops a site; one not mentioned stays as it is."""
         return {}
 
@@ -228,7 +244,9 @@ class Variant(BaseModel):
         cls, fields: dict[str, Any], tensors: dict[str, Tensor], from_format: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One site's fields and saved tensors of an older `format`, brought to this one. Raise `format` when files change."""
-        raise VariantDefinitionError(f"{cls.name!r} of format {cls.format} has no upgrade from format {from_format}")
+        raise VariantDefinitionError(
+            f"{cls.name!r} of format {cls.format} has no upgrade from format {from_format}"
+        )
 
     # --- costs
 
@@ -252,18 +270,54 @@ class Variant(BaseModel):
         super().__init_subclass__(**kwargs)
         cls.name = name
         if name and not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise VariantDefinitionError(f"{cls.__qualname__}: name={name!r} must be lower_snake_case")
+            raise VariantDefinitionError(
+                f"{cls.__qualname__}: name={name!r} must be lower_snake_case"
+            )
         for field, annotation in inspect.get_annotations(cls).items():
-            if "ClassVar" not in str(annotation) and (field in ATTACH_WORDS or hasattr(Variant, field)):
-                what = "is an argument of attach()" if field in ATTACH_WORDS else f"shadows Variant.{field}"
+            if "ClassVar" not in str(annotation) and (
+                field in ATTACH_WORDS or hasattr(Variant, field)
+            ):
+                what = (
+                    "is an argument of attach()"
+                    if field in ATTACH_WORDS
+                    else f"shadows Variant.{field}"
+                )
                 away = "rename it, or write a method or ClassVar to override"
-                raise VariantDefinitionError(f"{cls.__qualname__}: the field {field!r} {what}; {away}")
+                raise VariantDefinitionError(
+                    f"{cls.__qualname__}: the field {field!r} {what}; {away}"
+                )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if any(cls.__pydantic_generic_metadata__[key] for key in ("origin", "parameters")):
-            raise VariantDefinitionError(f"{cls.__qualname__}: a variant cannot be generic (generic models do not pickle)")
+            raise VariantDefinitionError(
+                f"{cls.__qualname__}: a variant cannot be generic (generic models do not pickle)"
+            )
 
     def __str__(self) -> str:
         fields = ", ".join(f"{field}={getattr(self, field)!r}" for field in type(self).model_fields)
         return f"{self.name}({fields})"
+
+
+class ScaledVariant(Variant):
+    """A variant that applies `adapter.scale` itself, for methods with a coefficient of their own.
+
+    `prepare` and the deltas are given the scale as a keyword, and the core does not multiply what
+    they return. At scale 0 they must return 0, bit for bit.
+    """
+
+    takes_scale: ClassVar[bool] = True
+
+    def prepare(self, site: Site, t: Tensors, *, scale: float = 1.0) -> dict[str, Tensor]:
+        """As `Variant.prepare`, at this scale."""
+        return {}
+
+    def delta_input(self, site: Site, t: Tensors, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """As `Variant.delta_input`, scale included."""
+        raise NotImplementedError
+
+    def delta_output(
+        self, site: Site, t: Tensors, x: Tensor, y: Tensor, *, scale: float = 1.0
+    ) -> Tensor:
+        """As `Variant.delta_output`, scale included."""
+        raise NotImplementedError

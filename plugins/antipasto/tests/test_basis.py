@@ -36,20 +36,28 @@ def randomize(adapter: ll.Adapter) -> None:
 
 def same_span(kept: Tensor, expected: Tensor) -> None:
     """Column by column, up to sign."""
-    torch.testing.assert_close((kept * expected).sum(0).abs(), torch.ones_like(kept[0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        (kept * expected).sum(0).abs(), torch.ones_like(kept[0]), rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activation_picks_the_directions_with_the_largest_output_variance(shape: tuple[int, int]) -> None:
+def test_activation_picks_the_directions_with_the_largest_output_variance(
+    shape: tuple[int, int],
+) -> None:
     """select="activation" keeps the r coordinates of Uᵀ y with the largest variance; compared with brute force."""
     model = one_layer(*shape)
     w = model[0].weight.detach()
     u, _, v = torch.linalg.svd(w, full_matrices=False)
-    batches = [(torch.randn(2, 9, len(v)) * torch.linspace(0.1, 9, len(v))) @ v + 2 for _ in range(5)]
+    batches = [
+        (torch.randn(2, 9, len(v)) * torch.linspace(0.1, 9, len(v))) @ v + 2 for _ in range(5)
+    ]
     y = torch.cat(batches).reshape(-1, shape[0]) @ w.T
     expected = (y @ u).var(0).topk(4).indices.sort().values
     assert expected.tolist() != [0, 1, 2, 3]  # else "top" would pass too
-    adapter = ll.attach(model, AntiPaSTO(r=4, select="activation"), targets="0", calibration=batches)
+    adapter = ll.attach(
+        model, AntiPaSTO(r=4, select="activation"), targets="0", calibration=batches
+    )
     same_span(adapter.state_dict()["0.U"], u[:, expected])
 
 
@@ -60,8 +68,15 @@ def test_statistics_survive_a_large_mean() -> None:
     x = torch.randn(4000, 12, generator=rng) * torch.linspace(0.05, 1, 12)
     offset = 10_000 * torch.randn(12, generator=rng)
     u, _, _ = torch.linalg.svd(model[0].weight.detach().double(), full_matrices=False)
-    exact = (x.double() @ model[0].weight.detach().double().T @ u).var(0).topk(4).indices.sort().values
-    adapter = ll.attach(model, AntiPaSTO(r=4, select="activation"), targets="0", calibration=list((x + offset).split(100)))
+    exact = (
+        (x.double() @ model[0].weight.detach().double().T @ u).var(0).topk(4).indices.sort().values
+    )
+    adapter = ll.attach(
+        model,
+        AntiPaSTO(r=4, select="activation"),
+        targets="0",
+        calibration=list((x + offset).split(100)),
+    )
     same_span(adapter.state_dict()["0.U"].double(), u[:, exact])
 
 
@@ -85,12 +100,16 @@ def test_the_size_of_the_data_changes_nothing(basis: Any, shape: tuple[int, int]
     x = torch.randn(400, shape[0]) * torch.linspace(0.5, 2, shape[0])
     states = []
     for size in (1.0, 1000.0):
-        adapter = ll.attach(one_layer(*shape), AntiPaSTOGain(r=4, basis=basis), targets="0", calibration=[size * x])
+        adapter = ll.attach(
+            one_layer(*shape), AntiPaSTOGain(r=4, basis=basis), targets="0", calibration=[size * x]
+        )
         states.append(adapter.state_dict())
     torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-4)
     white = torch.randn(100_000, shape[0])
     model = one_layer(*shape)
-    s = ll.attach(model, AntiPaSTOGain(r=4, basis=basis), targets="0", calibration=[white]).state_dict()["0.S"]
+    s = ll.attach(
+        model, AntiPaSTOGain(r=4, basis=basis), targets="0", calibration=[white]
+    ).state_dict()["0.S"]
     expected = torch.linalg.svdvals(model[0].weight.detach())[:4]
     factor = (2 / torch.pi) ** 0.25 if basis == "asvd" else 1.0  # the square root of E|x|
     torch.testing.assert_close(s, factor * expected, rtol=3e-2, atol=0)
@@ -118,7 +137,9 @@ def test_padding_and_order_do_not_count(basis: Any, shape: tuple[int, int]) -> N
     padded[0]["x"][:, 7:] = 100
     kept = [{"x": x[:, :7].reshape(-1, shape[0])[torch.randperm(42)]}]
     states = [
-        ll.attach(Masked(), AntiPaSTOGain(r=4, basis=basis), targets="layer", calibration=batches).state_dict()
+        ll.attach(
+            Masked(), AntiPaSTOGain(r=4, basis=basis), targets="layer", calibration=batches
+        ).state_dict()
         for batches in (padded, kept)
     ]
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
@@ -126,11 +147,15 @@ def test_padding_and_order_do_not_count(basis: Any, shape: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("basis", ["plain", *ORIENTED])
 @pytest.mark.parametrize("shape", [(200, 60), (60, 200)])
-def test_memory_does_not_grow_with_the_number_of_batches(basis: Any, shape: tuple[int, int]) -> None:
+def test_memory_does_not_grow_with_the_number_of_batches(
+    basis: Any, shape: tuple[int, int]
+) -> None:
     """What an observer holds is the same after 1 batch as after 50: no more than the weight and a square of its shorter side,
     in float64, beside vectors.
     """
-    placement = ll.plan(one_layer(*shape), AntiPaSTO(r=4, basis=basis, select="activation"), targets="0").placements[0]
+    placement = ll.plan(
+        one_layer(*shape), AntiPaSTO(r=4, basis=basis, select="activation"), targets="0"
+    ).placements[0]
     held = []
     for batches in (1, 50):
         observer = placement.variant.observe(placement.site)
@@ -145,11 +170,19 @@ def test_memory_does_not_grow_with_the_number_of_batches(basis: Any, shape: tupl
 
 @pytest.mark.parametrize("variant", FAMILY)
 @pytest.mark.parametrize("basis", ORIENTED)
-def test_a_calibrated_basis_loads_without_data_and_refuses_a_slim_file(variant: str, basis: str, tmp_path: Path) -> None:
+def test_a_calibrated_basis_loads_without_data_and_refuses_a_slim_file(
+    variant: str, basis: str, tmp_path: Path
+) -> None:
     """What calibration data chose cannot be derived from the base: the file is full, and loading needs no data."""
     model = one_layer(24, 12)
     adapter = ll.attach(
-        model, variant, r=4, basis=basis, targets="0", calibration=[torch.randn(50, 24)], **FEW.get(variant, {})
+        model,
+        variant,
+        r=4,
+        basis=basis,
+        targets="0",
+        calibration=[torch.randn(50, 24)],
+        **FEW.get(variant, {}),
     )
     randomize(adapter)
     x = torch.randn(3, 24)
@@ -164,16 +197,26 @@ def test_a_calibrated_basis_loads_without_data_and_refuses_a_slim_file(variant: 
 
 @pytest.mark.parametrize("variant", FAMILY)
 @pytest.mark.parametrize("basis", ORIENTED)
-def test_missing_data_are_asked_for(variant: str, basis: str, untouched: Callable[[nn.Module], Any]) -> None:
+def test_missing_data_are_asked_for(
+    variant: str, basis: str, untouched: Callable[[nn.Module], Any]
+) -> None:
     """Without calibration= the error says what to give; with data that nothing needs, that too. Nothing has changed."""
     model = one_layer(24, 12)
     fields = {"r": 4, "targets": "0", **FEW.get(variant, {})}
     with (
         untouched(model),
-        pytest.raises(ll.CalibrationError, match=rf"{variant}\(.*basis='{basis}'.* needs calibration data: give"),
+        pytest.raises(
+            ll.CalibrationError,
+            match=rf"{variant}\(.*basis='{basis}'.* needs calibration data: give",
+        ),
     ):
         ll.attach(model, variant, basis=basis, **fields)
-    with untouched(model), pytest.raises(ll.CalibrationError, match=rf"{variant} needs no calibration data with these fields"):
+    with (
+        untouched(model),
+        pytest.raises(
+            ll.CalibrationError, match=rf"{variant} needs no calibration data with these fields"
+        ),
+    ):
         ll.attach(model, variant, calibration=[torch.randn(50, 24)], **fields)
 
 
@@ -185,17 +228,51 @@ def test_missing_data_are_asked_for(variant: str, basis: str, untouched: Callabl
             torch.randn(3, 24),
             r"0: select='activation' chooses r=4 directions and saw 3 .*give at least",
         ),
-        *(({"basis": b}, torch.randn(3, 24), rf"0: basis='{b}' chooses r=4 directions and saw 3 .*tokens") for b in ORIENTED),
-        *(({"basis": b}, torch.zeros(9, 24), rf"0: basis='{b}' chooses r=4 .* 9 .* span only 0; give other") for b in ORIENTED),
-        ({"basis": "corda"}, torch.randn(1, 24).expand(9, 24), r"0: basis='corda' chooses r=4 .* 9 .* span only 1; give other"),
-        ({"basis": "corda_sqrt"}, torch.randn(1, 24).expand(9, 24), r"0: basis='corda_sqrt' .* span only 1; give other"),
-        ({"basis": "rms"}, torch.full((9, 24), torch.inf), r"0: basis='rms' averages .* not all finite"),
-        ({"select": "activation"}, torch.full((9, 24), torch.nan), r"0: select='activation' averages .* not all finite"),
+        *(
+            (
+                {"basis": b},
+                torch.randn(3, 24),
+                rf"0: basis='{b}' chooses r=4 directions and saw 3 .*tokens",
+            )
+            for b in ORIENTED
+        ),
+        *(
+            (
+                {"basis": b},
+                torch.zeros(9, 24),
+                rf"0: basis='{b}' chooses r=4 .* 9 .* span only 0; give other",
+            )
+            for b in ORIENTED
+        ),
+        (
+            {"basis": "corda"},
+            torch.randn(1, 24).expand(9, 24),
+            r"0: basis='corda' chooses r=4 .* 9 .* span only 1; give other",
+        ),
+        (
+            {"basis": "corda_sqrt"},
+            torch.randn(1, 24).expand(9, 24),
+            r"0: basis='corda_sqrt' .* span only 1; give other",
+        ),
+        (
+            {"basis": "rms"},
+            torch.full((9, 24), torch.inf),
+            r"0: basis='rms' averages .* not all finite",
+        ),
+        (
+            {"select": "activation"},
+            torch.full((9, 24), torch.nan),
+            r"0: select='activation' averages .* not all finite",
+        ),
     ],
 )
 @pytest.mark.parametrize("shape", [(24, 12), (24, 30)])
 def test_data_that_cannot_choose_are_refused(
-    fields: Any, rows: Tensor, complaint: str, shape: tuple[int, int], untouched: Callable[[nn.Module], Any]
+    fields: Any,
+    rows: Tensor,
+    complaint: str,
+    shape: tuple[int, int],
+    untouched: Callable[[nn.Module], Any],
 ) -> None:
     """Too few tokens, tokens that span too little, or values that are not finite: the error names the site and the field."""
     model = one_layer(*shape)
@@ -207,6 +284,8 @@ def test_a_basis_needs_no_more_tokens_than_directions() -> None:
     """Nothing is inverted: as many tokens as directions are enough, far fewer than d_in."""
     for basis in ORIENTED:
         model = one_layer(24, 12)
-        adapter = ll.attach(model, AntiPaSTO(r=8, basis=basis), targets="0", calibration=[torch.randn(8, 24)])
+        adapter = ll.attach(
+            model, AntiPaSTO(r=8, basis=basis), targets="0", calibration=[torch.randn(8, 24)]
+        )
         randomize(adapter)
         assert model(torch.randn(5, 24)).isfinite().all()

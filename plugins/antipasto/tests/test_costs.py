@@ -25,7 +25,9 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_macs_are_those_of_the_flop_counter(variant: Any, shape: tuple[int, int], bias: bool) -> None:
+def test_macs_are_those_of_the_flop_counter(
+    variant: Any, shape: tuple[int, int], bias: bool
+) -> None:
     """Declared MACs a token are the slope of torch's FlopCounterMode between 8 and 16 tokens, and those a forward are products
     of `prepare`: b U or b O, the product of two rotations, and U Ĉ.
     """
@@ -48,13 +50,19 @@ def test_macs_are_those_of_the_flop_counter(variant: Any, shape: tuple[int, int]
 def published() -> nn.ModuleList:
     """The layers of the published table, without weights: 24 x (3584 -> 1024)."""
     with torch.device("meta"):
-        return nn.ModuleList([nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)])
+        return nn.ModuleList(
+            [nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)]
+        )
 
 
 @pytest.mark.parametrize(
     ("variant", "parameters", "macs"),
     [
-        (AntiPaSTO(), 15_360, 24 * (2 * 256 * 1024 + 256 * 4)),  # r + (r / bs) bs (bs - 1) / 2 parameters
+        (
+            AntiPaSTO(),
+            15_360,
+            24 * (2 * 256 * 1024 + 256 * 4),
+        ),  # r + (r / bs) bs (bs - 1) / 2 parameters
         (AntiPaSTO(rotate_basis="U"), 15_360, 24 * (2 * 256 * 1024 + 256 * 4)),
         (AntiPaSTO(rotate_basis="both"), 24 * 256 * 4, 24 * (2 * 256 * 1024 + 256 * 4)),
         (AntiPaSTO(rotate_basis="none"), 24 * 256, 24 * 2 * 256 * 1024),

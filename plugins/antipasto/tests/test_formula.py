@@ -37,7 +37,13 @@ variants = st.one_of(
         mode=st.sampled_from(["bounded", "additive"]),
     ),
     st.builds(AntiPaSTOAblate, r=st.sampled_from([5, 8]), basis=bases, k=st.integers(1, 5)),
-    st.builds(AntiPaSTOMix, r=st.sampled_from([5, 8]), basis=bases, k=st.integers(1, 5), gain=st.booleans()),
+    st.builds(
+        AntiPaSTOMix,
+        r=st.sampled_from([5, 8]),
+        basis=bases,
+        k=st.integers(1, 5),
+        gain=st.booleans(),
+    ),
 )
 
 
@@ -55,7 +61,9 @@ def data(d_in: int) -> Tensor:
     rng = torch.Generator().manual_seed(5)
     turn = torch.linalg.qr(torch.randn(d_in, d_in, generator=rng, dtype=torch.float64)).Q
     rows = torch.randn(300, d_in, generator=rng, dtype=torch.float64)
-    return 7 * (rows * torch.linspace(0.3, 3, d_in, dtype=torch.float64)) @ turn + torch.randn(d_in, generator=rng)
+    return 7 * (rows * torch.linspace(0.3, 3, d_in, dtype=torch.float64)) @ turn + torch.randn(
+        d_in, generator=rng
+    )
 
 
 def attached(model: nn.Module, variant: Any) -> ll.Adapter:
@@ -84,7 +92,9 @@ def orientation(basis: str, x: Tensor) -> Tensor:
         return torch.diag(x.abs().mean(0) ** 0.5)
     if basis == "rms":
         return torch.diag(x.square().mean(0) ** 0.5)
-    return c if basis == "corda" else torch.linalg.cholesky(c)  # any root of C gives the same U, S and P
+    return (
+        c if basis == "corda" else torch.linalg.cholesky(c)
+    )  # any root of C gives the same U, S and P
 
 
 def factors(w: Tensor, x: Tensor, variant: Any, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +152,9 @@ def adapted_core(variant: Any, s: Tensor, t: dict[str, Tensor], scale: float) ->
         )
         return r_u.T @ torch.diag(s + scale * t["delta"]) @ r_v
     if isinstance(variant, AntiPaSTOGain):
-        return torch.diag(s * bounded(scale * t["g"]) if variant.mode == "bounded" else s + scale * t["delta"])
+        return torch.diag(
+            s * bounded(scale * t["g"]) if variant.mode == "bounded" else s + scale * t["delta"]
+        )
     if isinstance(variant, AntiPaSTOAblate):
         c = orthonormal(t["C"])
         return torch.diag(s) - scale * c @ torch.diag(t["alpha"]) @ c.T @ torch.diag(s)
@@ -152,7 +164,9 @@ def adapted_core(variant: Any, s: Tensor, t: dict[str, Tensor], scale: float) ->
 
 @given(variant=variants, shape=st.sampled_from(SHAPES), bias=st.booleans(), scale=SCALES)
 @settings(max_examples=250, deadline=None, derandomize=True)
-def test_every_variant_is_its_explicit_weight(variant: Any, shape: tuple[int, int], bias: bool, scale: float) -> None:
+def test_every_variant_is_its_explicit_weight(
+    variant: Any, shape: tuple[int, int], bias: bool, scale: float
+) -> None:
     """y' = W' x + b with W' = U (core) P + W_res, dense and in float64."""
     model = one_layer(*shape, bias)
     adapter = attached(model, variant)
@@ -186,13 +200,17 @@ def test_minus_scale_undoes_the_rotation(arm: Any, shape: tuple[int, int], basis
         adapter.scale = scale
         adapted = model(torch.eye(shape[0], dtype=torch.float64)).T.detach()
         cores.append(u.T @ adapted @ torch.linalg.pinv(p))  # R_uᵀ S R_v
-    if arm == "both":  # the two rotations do not commute with S: compare with the rotations themselves
+    if (
+        arm == "both"
+    ):  # the two rotations do not commute with S: compare with the rotations themselves
         r_u, r_v = (rotation(t[n], 4, variant.max_angle, 0.8) for n in ("theta_U", "theta_V"))
         torch.testing.assert_close(cores[0], r_u.T @ torch.diag(s) @ r_v)
         torch.testing.assert_close(cores[1], r_u @ torch.diag(s) @ r_v.T)
         return
     forth, back = (core / s[:, None] if arm == "V" else core / s for core in cores)
-    torch.testing.assert_close(forth @ back, torch.eye(8, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        forth @ back, torch.eye(8, dtype=torch.float64), rtol=1e-10, atol=1e-10
+    )
     assert arm == "none" or not torch.allclose(forth, torch.eye(8, dtype=torch.float64), atol=1e-2)
 
 
@@ -229,9 +247,16 @@ def gains(model: nn.Module, adapter: ll.Adapter) -> Tensor:
     return (before * after).sum(1) / before.square().sum(1)
 
 
-@given(basis=bases, shape=st.sampled_from(SHAPES), scale=st.floats(-3, 3), size=st.sampled_from([0.1, 1.0, 10.0]))
+@given(
+    basis=bases,
+    shape=st.sampled_from(SHAPES),
+    scale=st.floats(-3, 3),
+    size=st.sampled_from([0.1, 1.0, 10.0]),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_a_bounded_gain_never_flips_a_direction(basis: Any, shape: tuple[int, int], scale: float, size: float) -> None:
+def test_a_bounded_gain_never_flips_a_direction(
+    basis: Any, shape: tuple[int, int], scale: float, size: float
+) -> None:
     """Whatever g and the scale are, every direction keeps its sign."""
     model = one_layer(*shape)
     adapter = attached(model, AntiPaSTOGain(r=8, basis=basis))
@@ -269,9 +294,17 @@ def test_suppress_only_holds_after_every_step(mode: Any, shape: tuple[int, int])
     assert mode == "bounded" or (raised[False, 1] < 0).any()
 
 
-@given(basis=bases, shape=st.sampled_from(SHAPES), k=st.integers(1, 8), scale=st.floats(0, 1), size=st.sampled_from([0.3, 3.0]))
+@given(
+    basis=bases,
+    shape=st.sampled_from(SHAPES),
+    k=st.integers(1, 8),
+    scale=st.floats(0, 1),
+    size=st.sampled_from([0.3, 3.0]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_ablation_never_lengthens_an_output(basis: Any, shape: tuple[int, int], k: int, scale: float, size: float) -> None:
+def test_ablation_never_lengthens_an_output(
+    basis: Any, shape: tuple[int, int], k: int, scale: float, size: float
+) -> None:
     """‖y - b + Δ‖ ≤ ‖y - b‖ for every input, once projected; at a negative scale it is longer."""
     model, x = one_layer(*shape), torch.randn(50, shape[0], dtype=torch.float64)
     base = (model(x) - model[0].bias).norm(dim=1)
@@ -314,7 +347,9 @@ def test_ablation_starts_by_removing_init_alpha(shape: tuple[int, int]) -> None:
     """At the start every direction of O is removed by init_alpha, so it is not the base; at scale 0 it is, to the bit."""
     model, x = one_layer(*shape), torch.randn(9, shape[0], dtype=torch.float64)
     base = model(x)
-    adapter = ll.attach(model, AntiPaSTOAblate(r=8, k=3, init_alpha=0.3), targets="0", dtype=torch.float64)
+    adapter = ll.attach(
+        model, AntiPaSTOAblate(r=8, k=3, init_alpha=0.3), targets="0", dtype=torch.float64
+    )
     state = adapter.state_dict()
     o = state["0.U"] @ orthonormal(state["0.C"])
     plain = base - model[0].bias

@@ -9,7 +9,9 @@ from lora_lite_bitsandbytes import BitsAndBytes
 from torch import nn
 
 
-def four_bit(bias: bool, quant_type: str, double: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+def four_bit(
+    bias: bool, quant_type: str, double: bool, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     layer = Linear4bit(64, 128, bias=bias, quant_type=quant_type, compress_statistics=double)
     return layer.to(dtype).to("cpu")
 

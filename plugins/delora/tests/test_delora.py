@@ -43,7 +43,9 @@ def term(w: Tensor, a: Tensor, b: Tensor, strength: Tensor | float, norm: Norm) 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(("d_in", "d_out", "bias"), [(9, 6, True), (6, 9, False)])
-def test_delta_is_the_explicit_weight_form(norm: Norm, start: Start, d_in: int, d_out: int, bias: bool) -> None:
+def test_delta_is_the_explicit_weight_form(
+    norm: Norm, start: Start, d_in: int, d_out: int, bias: bool
+) -> None:
     """y' = (W + term) x + b, less the initial term with start="subtract", in float64; gradients too; and the bound holds."""
     model = nn.Sequential(nn.Linear(d_in, d_out, bias=bias)).double()
     base, x = model[0], torch.randn(7, d_in, dtype=torch.float64)
@@ -52,12 +54,17 @@ def test_delta_is_the_explicit_weight_form(norm: Norm, start: Start, d_in: int, 
     with torch.no_grad():
         for p in adapter.parameters():
             p.normal_()
-    t = {name.split(".")[1]: value.clone().requires_grad_() for name, value in adapter.state_dict().items()}
+    t = {
+        name.split(".")[1]: value.clone().requires_grad_()
+        for name, value in adapter.state_dict().items()
+    }
     w, strength = base.weight.detach(), 1.5 + t["lambda_offset"]
     if start == "zero_b":
         change = term(w, t["A"], t["B"], strength, norm)
     else:
-        change = term(w, t["A0"] + t["dA"], t["B0"] + t["dB"], strength, norm) - term(w, t["A0"], t["B0"], 1.5, norm)
+        change = term(w, t["A0"] + t["dA"], t["B0"] + t["dB"], strength, norm) - term(
+            w, t["A0"], t["B0"], 1.5, norm
+        )
     expected, found = nn.functional.linear(x, w + change, base.bias), model(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     found.square().sum().backward()
@@ -81,7 +88,11 @@ def test_start_is_bitwise_the_base(start: Start, base: torch.dtype, dtype: torch
     after = model(x)
     assert torch.equal(after, before)
     after.float().square().sum().backward()
-    alive = {name.split(".")[1] for name, p in adapter.named_parameters() if p.grad is not None and p.grad.any()}
+    alive = {
+        name.split(".")[1]
+        for name, p in adapter.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
     assert alive == ({"B"} if start == "zero_b" else {"dA", "dB", "lambda_offset"})
 
 
@@ -109,7 +120,9 @@ def test_strength_is_learned_but_does_not_decay() -> None:
     model(torch.randn(5, 24)).square().sum().backward()
     assert tensors["0.lambda_offset"].shape == (1,)
     assert bool(tensors["0.lambda_offset"].grad)
-    assert [p is tensors["0.lambda_offset"] for p in adapter.param_groups(0.1)[1]["params"]] == [True]
+    assert [p is tensors["0.lambda_offset"] for p in adapter.param_groups(0.1)[1]["params"]] == [
+        True
+    ]
 
 
 def test_costs(qwen_down_proj: nn.Module) -> None:
@@ -119,7 +132,9 @@ def test_costs(qwen_down_proj: nn.Module) -> None:
     assert found.macs_per_token == 3_538_944 == twice.macs_per_token / 2
 
 
-@pytest.mark.parametrize("field", [{"strength": 0.0}, {"strength": -1.0}, {"r": 0}, {"norm": "row"}, {"start": "zero_a"}])
+@pytest.mark.parametrize(
+    "field", [{"strength": 0.0}, {"strength": -1.0}, {"r": 0}, {"norm": "row"}, {"start": "zero_a"}]
+)
 def test_bad_fields_are_named(field: dict[str, object]) -> None:
     """A value outside a field's range names the variant, the field and the value; a strength of 0 would never learn."""
     (name, value), *_ = field.items()

@@ -18,11 +18,15 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any, rslora: bool) -> None:
+def test_logits_and_gradients_equal_pefts(
+    equals_peft: Callable[..., None], theirs: Any, rslora: bool
+) -> None:
     """The same A, B and m give PEFT's logits and gradients, both scalings."""
     equals_peft(
         DoRA(r=4, alpha=6.0, rslora=rslora),
-        lambda sites: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, use_dora=True, target_modules=sites),
+        lambda sites: peft.LoraConfig(
+            r=4, lora_alpha=6, use_rslora=rslora, use_dora=True, target_modules=sites
+        ),
         {
             "A": theirs("lora_A.default.weight"),
             "B": theirs("lora_B.default.weight"),
@@ -31,14 +35,19 @@ def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], thei
     )
 
 
-def attached(d_in: int, d_out: int, bias: bool, **fields: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def attached(
+    d_in: int, d_out: int, bias: bool, **fields: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A float64 layer with a trained DoRA, and its tensors by name."""
     model = nn.Sequential(nn.Linear(d_in, d_out, bias=bias)).double()
     adapter = ll.attach(model, DoRA(**fields), targets="0", dtype=torch.float64)
     with torch.no_grad():
         for p in adapter.parameters():
             p.normal_()
-    return model, {name.split(".")[1]: p for name, p in [*adapter.named_parameters(), *adapter.state_dict().items()][::-1]}
+    return model, {
+        name.split(".")[1]: p
+        for name, p in [*adapter.named_parameters(), *adapter.state_dict().items()][::-1]
+    }
 
 
 @given(
@@ -52,7 +61,11 @@ def test_delta_is_the_explicit_weight_form(
     """y' = diag(m / n) (W + s B A) x + b, built densely in float64; gradients too, with n held constant."""
     torch.manual_seed(seed)
     model, t = attached(d_in, d_out, bias, r=r, alpha=alpha, rslora=rslora)
-    base, x, s = model[0], torch.randn(7, d_in, dtype=torch.float64), alpha / (math.sqrt(r) if rslora else r)
+    base, x, s = (
+        model[0],
+        torch.randn(7, d_in, dtype=torch.float64),
+        alpha / (math.sqrt(r) if rslora else r),
+    )
     a, b, dm = (t[name].detach().clone().requires_grad_() for name in ("A", "B", "dm"))
     w = base.weight + s * b @ a
     m = base.weight.norm(dim=1) + dm
@@ -110,7 +123,9 @@ def test_start_is_bitwise_the_base_in_every_format(base: torch.dtype, dtype: tor
     after = model(x)
     assert torch.equal(after, before)
     after.float().square().sum().backward()
-    assert all(bool(torch.isfinite(p.grad).all()) for p in adapter.parameters() if p.grad is not None)
+    assert all(
+        bool(torch.isfinite(p.grad).all()) for p in adapter.parameters() if p.grad is not None
+    )
 
 
 def test_bfloat16_base_has_a_precise_norm() -> None:
@@ -146,8 +161,14 @@ def test_norm_is_not_computed_again_when_frozen() -> None:
 def test_decay_does_not_shrink_the_magnitude() -> None:
     """param_groups keeps weight decay off dm."""
     adapter = ll.attach(nn.Sequential(nn.Linear(24, 12)), "dora", r=4, targets="0")
-    decays = {id(p): group["weight_decay"] for group in adapter.param_groups(0.1) for p in group["params"]}
-    assert {name: decays[id(p)] for name, p in adapter.named_parameters()} == {"0.A": 0.1, "0.B": 0.1, "0.dm": 0.0}
+    decays = {
+        id(p): group["weight_decay"] for group in adapter.param_groups(0.1) for p in group["params"]
+    }
+    assert {name: decays[id(p)] for name, p in adapter.named_parameters()} == {
+        "0.A": 0.1,
+        "0.B": 0.1,
+        "0.dm": 0.0,
+    }
 
 
 def test_published_parameter_count(qwen_down_proj: nn.Module) -> None:

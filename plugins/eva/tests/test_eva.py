@@ -36,7 +36,9 @@ def observed(batches: list[Tensor], kept: int, center: bool) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any, rslora: bool) -> None:
+def test_logits_and_gradients_equal_pefts(
+    equals_peft: Callable[..., None], theirs: Any, rslora: bool
+) -> None:
     """The same A and B give PEFT's logits and gradients: the forward is LoRA's."""
     equals_peft(
         EVA(r=4, alpha=6.0, rslora=rslora),
@@ -59,10 +61,16 @@ def test_one_pass_equals_the_full_decomposition(sizes: list[int], d_in: int, cen
     _, s, v = torch.linalg.svd(whole, full_matrices=False)
     count = min(len(s), len(found["singular_values"]))
     torch.testing.assert_close(found["singular_values"][:count], s[:count], rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(found["sum_of_squares"].double(), whole.square().sum(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        found["sum_of_squares"].double(), whole.square().sum(), rtol=1e-5, atol=1e-8
+    )
     assert int(found["rows"]) == len(rows)
     spanned = int((s > 1e-6 * s[0]).sum())
-    clear = [i for i in range(spanned) if all(abs(s[i] - s[j]) > 1e-3 * s[0] for j in range(len(s)) if j != i)]
+    clear = [
+        i
+        for i in range(spanned)
+        if all(abs(s[i] - s[j]) > 1e-3 * s[0] for j in range(len(s)) if j != i)
+    ]
     for i in clear:
         assert abs(float(v[i] @ found["directions"][i])) == pytest.approx(1, abs=1e-6)
 
@@ -110,7 +118,9 @@ def test_whitening_divides_by_the_root_of_the_singular_value() -> None:
     rows = data(200, 12)
     adapter = ll.attach(Masked(), "eva", r=3, whiten=True, targets="layer", calibration=[rows])
     s = torch.linalg.svdvals(rows - rows.mean(0))[:3]
-    torch.testing.assert_close(adapter.state_dict()["layer.A"].norm(dim=1), s.rsqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        adapter.state_dict()["layer.A"].norm(dim=1), s.rsqrt(), rtol=1e-4, atol=0
+    )
 
 
 class Towers(nn.Module):
@@ -122,7 +132,11 @@ class Towers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         steep, even = x * torch.arange(1, 17).pow(-3.0), x * torch.arange(1, 17).pow(-0.1)
-        return self.blocks[0](steep) + self.blocks[1](even) + self.blocks[2](x[..., :1] * torch.ones(16) + 1e-2 * x)
+        return (
+            self.blocks[0](steep)
+            + self.blocks[1](even)
+            + self.blocks[2](x[..., :1] * torch.ones(16) + 1e-2 * x)
+        )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -133,7 +147,10 @@ def test_ranks_move_to_where_they_explain_most(rslora: bool) -> None:
     before = model(x)
     adapter = ll.attach(model, EVA(r=4, alpha=8.0, rho=2.0, rslora=rslora), calibration=[x])
     ranks = {path: variant.r for path, variant in adapter.sites.items()}
-    inputs = {"blocks.0": x * torch.arange(1, 17).pow(-3.0), "blocks.1": x * torch.arange(1, 17).pow(-0.1)}
+    inputs = {
+        "blocks.0": x * torch.arange(1, 17).pow(-3.0),
+        "blocks.1": x * torch.arange(1, 17).pow(-0.1),
+    }
     inputs["blocks.2"] = x[:, :1] + 1e-2 * x
     shares = []
     for path, rows in inputs.items():
@@ -144,7 +161,9 @@ def test_ranks_move_to_where_they_explain_most(rslora: bool) -> None:
     assert sum(ranks.values()) == 12
     assert ranks["blocks.1"] == 8
     for variant in adapter.sites.values():
-        assert variant.alpha / (variant.r**0.5 if rslora else variant.r) == pytest.approx(8 / (2 if rslora else 4))
+        assert variant.alpha / (variant.r**0.5 if rslora else variant.r) == pytest.approx(
+            8 / (2 if rslora else 4)
+        )
     assert torch.equal(model(x), before)
 
 
@@ -215,11 +234,16 @@ def test_too_few_tokens_are_refused(rows: Tensor, told: str, untouched: Callable
 def test_missing_data_is_asked_for(untouched: Callable[..., Any]) -> None:
     """Without calibration= it says what to give, and changes nothing."""
     model = Masked()
-    with untouched(model), pytest.raises(ll.CalibrationError, match="needs calibration data: give calibration="):
+    with (
+        untouched(model),
+        pytest.raises(ll.CalibrationError, match="needs calibration data: give calibration="),
+    ):
         ll.attach(model, "eva", targets="layer")
 
 
-@pytest.mark.parametrize("field", [{"rho": 0.5}, {"rho": float("inf")}, {"r": 0}, {"center": 1}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "field", [{"rho": 0.5}, {"rho": float("inf")}, {"r": 0}, {"center": 1}, {"dropout": 1.0}]
+)
 def test_bad_fields_are_named(field: dict[str, object]) -> None:
     """A value outside a field's range names the variant, the field and the value."""
     (name, value), *_ = field.items()

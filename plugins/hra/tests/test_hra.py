@@ -19,7 +19,9 @@ peft = pytest.importorskip("peft")
 def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any) -> None:
     """The same reflections give PEFT's logits and gradients."""
     equals_peft(
-        HRA(r=4), lambda sites: peft.HRAConfig(r=4, target_modules=sites), {"U": theirs("hra_u.default", shape=lambda u: u.T)}
+        HRA(r=4),
+        lambda sites: peft.HRAConfig(r=4, target_modules=sites),
+        {"U": theirs("hra_u.default", shape=lambda u: u.T)},
     )
 
 
@@ -30,7 +32,12 @@ def reflected(x: Tensor, u: Tensor) -> Tensor:
     return x
 
 
-@given(r=st.sampled_from([2, 4, 6, 8]), d_in=st.integers(8, 20), d_out=st.integers(1, 20), seed=st.integers(0, 99))
+@given(
+    r=st.sampled_from([2, 4, 6, 8]),
+    d_in=st.integers(8, 20),
+    d_out=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_delta_is_the_product_of_reflections(r: int, d_in: int, d_out: int, seed: int) -> None:
     """y' = W H_1 ⋯ H_r x + b in float64, for rows of any length."""
@@ -41,7 +48,9 @@ def test_delta_is_the_product_of_reflections(r: int, d_in: int, d_out: int, seed
     (u,) = adapter.parameters()
     with torch.no_grad():
         u.copy_(torch.randn_like(u) * torch.logspace(-2, 2, r)[:, None])
-    torch.testing.assert_close(model(x), reflected(x, u) @ base.weight.T + base.bias, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model(x), reflected(x, u) @ base.weight.T + base.bias, rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
@@ -124,5 +133,10 @@ def test_bad_fields_are_named(field: dict[str, object]) -> None:
 def test_more_reflections_than_dimensions_are_refused(untouched: Callable[..., Any]) -> None:
     """r > d_in names the site and the field, and changes nothing."""
     model = nn.Sequential(nn.Linear(6, 12))
-    with untouched(model), pytest.raises(ll.MisfitError, match=r"0 \(6 -> 12\): hra: r: 8 reflections are more than d_in=6"):
+    with (
+        untouched(model),
+        pytest.raises(
+            ll.MisfitError, match=r"0 \(6 -> 12\): hra: r: 8 reflections are more than d_in=6"
+        ),
+    ):
         ll.attach(model, "hra", r=8, targets="0")

@@ -43,18 +43,24 @@ def test_both_together_equal_pefts_single_adapter(
 ) -> None:
     """As the paper does: ia3 and ia3_ff attached under two names are PEFT's one adapter with both sets, also after loading."""
     ours, base = biased_llama(True, torch.float64), biased_llama(True, torch.float64)
-    parts = [ll.attach(ours, variant, name=variant, dtype=torch.float64) for variant in ("ia3", "ia3_ff")]
+    parts = [
+        ll.attach(ours, variant, name=variant, dtype=torch.float64) for variant in ("ia3", "ia3_ff")
+    ]
     names = [[site.rsplit(".", 1)[1] for site in part.sites] for part in parts]
     assert [set(n) for n in names] == [{"k_proj", "v_proj"}, {"down_proj"}]
     feed_forward = list(parts[1].sites)
-    config = peft.IA3Config(target_modules=[*parts[0].sites, *feed_forward], feedforward_modules=feed_forward)
+    config = peft.IA3Config(
+        target_modules=[*parts[0].sites, *feed_forward], feedforward_modules=feed_forward
+    )
     other = peft.get_peft_model(base, config, autocast_adapter_dtype=False).double().eval()
     named = dict(other.named_parameters())
     for part in parts:
         for name, e in part.named_parameters():
             with torch.no_grad():
                 e.normal_()
-                named[f"base_model.model.{name.removesuffix('.e')}.ia3_l.default"].view(-1).copy_(1 + e)
+                named[f"base_model.model.{name.removesuffix('.e')}.ia3_l.default"].view(-1).copy_(
+                    1 + e
+                )
     expected = other(input_ids=TOKENS).logits
     torch.testing.assert_close(ours(input_ids=TOKENS).logits, expected, rtol=1e-10, atol=1e-10)
     for part in parts:
@@ -65,7 +71,13 @@ def test_both_together_equal_pefts_single_adapter(
     torch.testing.assert_close(ours(input_ids=TOKENS).logits, expected, rtol=1e-10, atol=1e-10)
 
 
-LLAMA = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 BERT = LLAMA
 NAMES = {
     "Llama": (LLAMA, {"k_proj", "v_proj"}, {"down_proj"}),
@@ -99,7 +111,9 @@ def test_default_layers_of_real_architectures(family: str) -> None:
     """
     config, attention, feed_forward = NAMES[family]
     with torch.device("meta"):
-        model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**config))
+        model = getattr(transformers, f"{family}Model")(
+            getattr(transformers, f"{family}Config")(**config)
+        )
     hidden = {p.spot.d_in for p in ll.plan(model, "ia3_ff").placements}
     assert suffixes(ll.plan(model, "ia3_ff")) == feed_forward
     assert 16 not in hidden  # never an attention output: all of those are as wide as the model
@@ -118,8 +132,14 @@ def suffixes(plan: ll.Plan) -> set[str]:
 def test_published_parameter_counts(qwen_down_proj: nn.Module) -> None:
     """On a 0.8B Qwen3.5, 0.006M on k_proj and v_proj of the 6 attention layers, 0.086M on the 24 down_proj; no MACs."""
     with torch.device("meta"):
-        blocks = [nn.ModuleDict({name: nn.Linear(1024, 512, bias=False) for name in ("k_proj", "v_proj")}) for _ in range(6)]
-    attention, feed_forward = ll.plan(nn.ModuleList(blocks), "ia3"), ll.plan(qwen_down_proj, "ia3_ff")
+        blocks = [
+            nn.ModuleDict({name: nn.Linear(1024, 512, bias=False) for name in ("k_proj", "v_proj")})
+            for _ in range(6)
+        ]
+    attention, feed_forward = (
+        ll.plan(nn.ModuleList(blocks), "ia3"),
+        ll.plan(qwen_down_proj, "ia3_ff"),
+    )
     assert attention.parameters == 12 * 512 == 6_144
     assert feed_forward.parameters == 24 * 3584 == 86_016
     assert attention.macs_per_token == feed_forward.macs_per_token == 0

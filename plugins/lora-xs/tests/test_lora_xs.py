@@ -26,18 +26,24 @@ SIZES = st.integers(6, 24)
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_delta_is_the_explicit_weight_form(d_in: int, d_out: int, r: int, alpha: float | None, bias: bool, seed: int) -> None:
+def test_delta_is_the_explicit_weight_form(
+    d_in: int, d_out: int, r: int, alpha: float | None, bias: bool, seed: int
+) -> None:
     """y' = (W + s U R diag(S) V) x + b and its gradient, built densely in float64: from x and from y, with and without bias."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(d_in, d_out, bias=bias)).double()
     base, x = model[0], torch.randn(5, d_in, dtype=torch.float64)
     u, s, v = ll.top_r_svd(base.weight.detach(), r, "exact")
-    adapter = ll.attach(model, LoRAXS(r=r, alpha=alpha, svd="exact"), targets="0", dtype=torch.float64)
+    adapter = ll.attach(
+        model, LoRAXS(r=r, alpha=alpha, svd="exact"), targets="0", dtype=torch.float64
+    )
     (core,) = adapter.parameters()
     nn.init.normal_(core)
     twin = core.detach().clone().requires_grad_()
     scale = 1.0 if alpha is None else alpha / r
-    expected = nn.functional.linear(x, base.weight + scale * u @ twin @ torch.diag(s) @ v, base.bias)
+    expected = nn.functional.linear(
+        x, base.weight + scale * u @ twin @ torch.diag(s) @ v, base.bias
+    )
     found = model(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     found.square().sum().backward()
@@ -45,8 +51,12 @@ def test_delta_is_the_explicit_weight_form(d_in: int, d_out: int, r: int, alpha:
     torch.testing.assert_close(core.grad, twin.grad, rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize(("d_in", "d_out", "tensors"), [(24, 12, {"B", "R"}), (12, 24, {"A", "B", "R"})])
-def test_input_factor_is_kept_only_where_it_is_used(d_in: int, d_out: int, tensors: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "tensors"), [(24, 12, {"B", "R"}), (12, 24, {"A", "B", "R"})]
+)
+def test_input_factor_is_kept_only_where_it_is_used(
+    d_in: int, d_out: int, tensors: set[str]
+) -> None:
     """Where d_out ≤ d_in, Δ comes from y, and A is neither computed nor stored."""
     adapter = ll.attach(nn.Sequential(nn.Linear(d_in, d_out)), "lora_xs", r=4, targets="0")
     assert {name.split(".")[1] for name in adapter.state_dict()} == tensors
@@ -63,7 +73,9 @@ def test_all_linear_layers_of_a_transformer(tiny_llama: Callable[..., nn.Module]
     ll.check(model, {"input_ids": tokens})
 
 
-def test_slim_file_holds_little_but_the_cores(tmp_path: Path, tiny_llama: Callable[..., nn.Module]) -> None:
+def test_slim_file_holds_little_but_the_cores(
+    tmp_path: Path, tiny_llama: Callable[..., nn.Module]
+) -> None:
     """Without derived tensors a file has r² numbers a site, and loads to the same logits up to rounding."""
     model, tokens = tiny_llama(), torch.tensor([[5, 9, 3, 7, 1, 2]])
     adapter = ll.attach(model, "lora_xs", r=4)
@@ -96,5 +108,10 @@ def test_bad_fields_are_named(field: dict[str, object]) -> None:
 def test_default_rank_that_does_not_fit_is_refused(untouched: Callable[..., Any]) -> None:
     """A rank above min(d_in, d_out) names the site and the largest possible, and changes nothing."""
     model = nn.Sequential(nn.Linear(6, 12))
-    with untouched(model), pytest.raises(ll.MisfitError, match=r"0 \(6 -> 12\): lora_xs: r: 32 .* largest possible is 6"):
+    with (
+        untouched(model),
+        pytest.raises(
+            ll.MisfitError, match=r"0 \(6 -> 12\): lora_xs: r: 32 .* largest possible is 6"
+        ),
+    ):
         ll.attach(model, "lora_xs", targets="0")

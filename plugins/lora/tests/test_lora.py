@@ -23,7 +23,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
-def fill_like_peft(adapter: ll.Adapter, theirs: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+def fill_like_peft(
+    adapter: ll.Adapter, theirs: nn.Module
+) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
     """Draw A and B, give both libraries the same, and pair our parameters with theirs."""
     named = dict(theirs.named_parameters())
     rng = torch.Generator().manual_seed(1)
@@ -40,11 +42,19 @@ def fill_like_peft(adapter: ll.Adapter, theirs: nn.Module) -> Iterator[tuple[nn.
     ("dtype", "r", "alpha", "tolerance"),
     [
         (torch.float32, 4, 8, 1e-6),
-        (torch.float64, 3, 7, 1e-12),  # a scale that float32 would round at another place than PEFT does
+        (
+            torch.float64,
+            3,
+            7,
+            1e-12,
+        ),  # a scale that float32 would round at another place than PEFT does
     ],
 )
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize(("family", "targets"), [("llama", r"q_proj$|down_proj$"), ("biased llama", "_proj$"), ("gpt2", "c_")])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", r"q_proj$|down_proj$"), ("biased llama", "_proj$"), ("gpt2", "c_")],
+)
 def test_logits_and_gradients_equal_pefts(
     tiny_llama: Callable[..., nn.Module],
     tiny_gpt2: Callable[..., nn.Module],
@@ -63,9 +73,15 @@ def test_logits_and_gradients_equal_pefts(
         return (tiny_gpt2() if family == "gpt2" else tiny_llama(**biased)).to(dtype)
 
     ours, base = make(), make()
-    adapter = ll.attach(ours, "lora", r=r, alpha=float(alpha), rslora=rslora, targets=targets, dtype=dtype)
+    adapter = ll.attach(
+        ours, "lora", r=r, alpha=float(alpha), rslora=rslora, targets=targets, dtype=dtype
+    )
     config = peft.LoraConfig(
-        r=r, lora_alpha=alpha, use_rslora=rslora, target_modules=list(adapter.sites), fan_in_fan_out=family == "gpt2"
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        target_modules=list(adapter.sites),
+        fan_in_fan_out=family == "gpt2",
     )
     theirs = peft.get_peft_model(base, config).to(dtype)
     pairs = list(fill_like_peft(adapter, theirs))
@@ -84,14 +100,22 @@ def test_logits_and_gradients_equal_pefts(
         assert relative(mine.grad, other.grad) <= tolerance
 
 
-@given(r=st.integers(1, 6), d_in=st.integers(6, 20), d_out=st.integers(6, 20), alpha=st.floats(0.5, 64), rslora=st.booleans())
+@given(
+    r=st.integers(1, 6),
+    d_in=st.integers(6, 20),
+    d_out=st.integers(6, 20),
+    alpha=st.floats(0.5, 64),
+    rslora=st.booleans(),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_delta_is_the_formula(r: int, d_in: int, d_out: int, alpha: float, rslora: bool) -> None:
     """y' - y = s B A x with s = alpha / r, or alpha / √r with rslora, in float64."""
     model = nn.Sequential(nn.Linear(d_in, d_out)).double()
     x = torch.randn(5, d_in, dtype=torch.float64)
     y = model(x)
-    adapter = ll.attach(model, LoRA(r=r, alpha=alpha, rslora=rslora), targets="0", dtype=torch.float64)
+    adapter = ll.attach(
+        model, LoRA(r=r, alpha=alpha, rslora=rslora), targets="0", dtype=torch.float64
+    )
     a, b = (p for _, p in sorted(adapter.named_parameters()))
     nn.init.normal_(b)
     s = alpha / (math.sqrt(r) if rslora else r)
@@ -127,12 +151,16 @@ def test_dropout_is_active_in_training_mode_only() -> None:
 def test_published_parameter_count() -> None:
     """LoRA r = 32 on the 24 down_proj of a 0.8B Qwen3.5 (3584 -> 1024) has 3.54M parameters and as many MACs a token."""
     with torch.device("meta"):
-        model = nn.ModuleList([nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)])
+        model = nn.ModuleList(
+            [nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)]
+        )
     found = ll.plan(model, "lora", r=32)
     assert found.parameters == found.macs_per_token == 24 * 32 * (3584 + 1024) == 3_538_944
 
 
-@pytest.mark.parametrize("field", [{"r": 0}, {"r": True}, {"r": "8"}, {"alpha": -1.0}, {"dropout": 1.0}, {"rslora": 1}])
+@pytest.mark.parametrize(
+    "field", [{"r": 0}, {"r": True}, {"r": "8"}, {"alpha": -1.0}, {"dropout": 1.0}, {"rslora": 1}]
+)
 def test_bad_fields_are_named(field: dict[str, object]) -> None:
     """A value outside a field's range names the variant, the field and the value."""
     (name, value), *_ = field.items()

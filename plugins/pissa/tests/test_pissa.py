@@ -19,14 +19,23 @@ peft = pytest.importorskip("peft")
 TOKENS = torch.tensor([[5, 9, 3, 7, 1, 2]])
 
 
-@pytest.mark.parametrize("equals_peft", [torch.float32], ids=["float32"], indirect=True)  # theirs refuses float64
+@pytest.mark.parametrize(
+    "equals_peft", [torch.float32], ids=["float32"], indirect=True
+)  # theirs refuses float64
 @pytest.mark.parametrize("alpha", [None, 6.0])
-def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any, alpha: float | None) -> None:
+def test_logits_and_gradients_equal_pefts(
+    equals_peft: Callable[..., None], theirs: Any, alpha: float | None
+) -> None:
     """The same A and B give the logits and gradients of PEFT's residual form, which has written its base weight."""
     equals_peft(
         PiSSA(r=4, alpha=alpha, svd="exact"),
-        lambda sites: peft.LoraConfig(r=4, lora_alpha=int(alpha or 4), init_lora_weights="pissa", target_modules=sites),
-        {"dA": theirs("lora_A.default.weight", offset="A0"), "dB": theirs("lora_B.default.weight", offset="B0")},
+        lambda sites: peft.LoraConfig(
+            r=4, lora_alpha=int(alpha or 4), init_lora_weights="pissa", target_modules=sites
+        ),
+        {
+            "dA": theirs("lora_A.default.weight", offset="A0"),
+            "dB": theirs("lora_B.default.weight", offset="B0"),
+        },
     )
 
 
@@ -36,7 +45,13 @@ def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], thei
 )  # fmt: skip
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_delta_is_the_residual_form(
-    d_in: int, d_out: int, r: int, alpha: float | None, svd: Literal["exact", "randomized"], bias: bool, seed: int
+    d_in: int,
+    d_out: int,
+    r: int,
+    alpha: float | None,
+    svd: Literal["exact", "randomized"],
+    bias: bool,
+    seed: int,
 ) -> None:
     """y' = (W_res + s B A) x + b with W_res = W - U diag(S) V, built densely in float64, whatever alpha."""
     torch.manual_seed(seed)
@@ -57,12 +72,16 @@ def test_delta_is_the_residual_form(
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("alpha", "svd"), [(None, "exact"), (0.3, "randomized"), (64.0, "exact")])
-def test_start_is_bitwise_the_base(base: torch.dtype, dtype: torch.dtype, alpha: float | None, svd: Any) -> None:
+def test_start_is_bitwise_the_base(
+    base: torch.dtype, dtype: torch.dtype, alpha: float | None, svd: Any
+) -> None:
     """Δ is bitwise 0 for every alpha, format and decomposition, with dropout too, and A and B have gradients."""
     model = nn.Sequential(nn.Linear(200, 120)).to(base)
     weight, x = model[0].weight.detach().clone(), torch.randn(5, 200, dtype=base)
     before = model(x)
-    adapter = ll.attach(model, "pissa", r=4, alpha=alpha, svd=svd, dropout=0.3, targets="0", dtype=dtype)
+    adapter = ll.attach(
+        model, "pissa", r=4, alpha=alpha, svd=svd, dropout=0.3, targets="0", dtype=dtype
+    )
     after = model.train()(x)
     assert torch.equal(after, before)
     after.float().square().sum().backward()
@@ -89,7 +108,9 @@ def test_small_updates_survive_a_bfloat16_base() -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.02
 
 
-def test_slim_file_derives_the_principal_part_again(tmp_path: Path, tiny_llama: Callable[..., nn.Module]) -> None:
+def test_slim_file_derives_the_principal_part_again(
+    tmp_path: Path, tiny_llama: Callable[..., nn.Module]
+) -> None:
     """A₀ and B₀ come from the base alone: a file without them loads to the same logits up to rounding, and is refused on
     another base.
     """
@@ -126,5 +147,8 @@ def test_bad_fields_are_named(field: dict[str, object]) -> None:
 def test_rank_that_does_not_fit_is_refused(untouched: Callable[..., Any]) -> None:
     """A rank above min(d_in, d_out) names the site and the largest possible, and changes nothing."""
     model = nn.Sequential(nn.Linear(6, 12))
-    with untouched(model), pytest.raises(ll.MisfitError, match=r"0 \(6 -> 12\): pissa: r: 8 .* largest possible is 6"):
+    with (
+        untouched(model),
+        pytest.raises(ll.MisfitError, match=r"0 \(6 -> 12\): pissa: r: 8 .* largest possible is 6"),
+    ):
         ll.attach(model, "pissa", targets="0")

@@ -19,12 +19,17 @@ SHARINGS: tuple[Sharing, ...] = ("road_1", "road_2", "road_4")
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any, sharing: Sharing) -> None:
+def test_logits_and_gradients_equal_pefts(
+    equals_peft: Callable[..., None], theirs: Any, sharing: Sharing
+) -> None:
     """The same angles and scales give PEFT's logits and gradients, for all three ways of sharing."""
     equals_peft(
         ROAD(sharing=sharing, group_size=4),
         lambda sites: peft.RoadConfig(variant=sharing, group_size=4, target_modules=sites),
-        {"theta": theirs("road_theta.default"), "alpha_offset": theirs("road_alpha.default", offset=1.0)},
+        {
+            "theta": theirs("road_theta.default"),
+            "alpha_offset": theirs("road_alpha.default", offset=1.0),
+        },
     )
 
 
@@ -50,13 +55,19 @@ def test_small_angles_are_not_lost(angle: float) -> None:
     adapter = ll.attach(model, ROAD(group_size=4), targets="0")
     theta, _ = adapter.parameters()
     nn.init.constant_(theta, angle)
-    site = ll.plan(nn.Sequential(nn.Linear(3, 4)), ROAD(group_size=4), targets="0").placements[0].site
+    site = (
+        ll.plan(nn.Sequential(nn.Linear(3, 4)), ROAD(group_size=4), targets="0").placements[0].site
+    )
     prepared = adapter.variant.prepare(site, {"theta": theta, "alpha_offset": torch.zeros(2)})
     expected = math.cos(angle) - 1
-    torch.testing.assert_close(prepared["c - 1"].detach().double().mean().item(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        prepared["c - 1"].detach().double().mean().item(), expected, rtol=1e-5, atol=0
+    )
 
 
-@pytest.mark.parametrize(("sharing", "parameters"), [("road_1", 64), ("road_2", 128), ("road_4", 256)])
+@pytest.mark.parametrize(
+    ("sharing", "parameters"), [("road_1", 64), ("road_2", 128), ("road_4", 256)]
+)
 def test_parameter_counts(sharing: Sharing, parameters: int) -> None:
     """d_out, 2 d_out or 4 d_out numbers; no matrix product."""
     found = ll.plan(nn.Sequential(nn.Linear(32, 64)), "road", sharing=sharing, targets="0")
@@ -83,10 +94,15 @@ def test_road_4_leaves_the_angles_of_c_where_they_are() -> None:
     (96, 64, r"group_size: 64 does not divide d_out=96; possible are 2, 4, 6, 8, 12, 16, 24, 32, 48, 96"),
     (7, 2, r"group_size: 2 does not divide d_out=7, which is odd: outputs cannot be paired"),
 ])  # fmt: skip
-def test_group_that_does_not_divide_is_refused(d_out: int, group_size: int, told: str, untouched: Callable[..., Any]) -> None:
+def test_group_that_does_not_divide_is_refused(
+    d_out: int, group_size: int, told: str, untouched: Callable[..., Any]
+) -> None:
     """The error names the site, the field and the sizes that would do, and nothing is changed."""
     model = nn.Sequential(nn.Linear(4, d_out))
-    with untouched(model), pytest.raises(ll.MisfitError, match=rf"0 \(4 -> {d_out}\): road: {told}"):
+    with (
+        untouched(model),
+        pytest.raises(ll.MisfitError, match=rf"0 \(4 -> {d_out}\): road: {told}"),
+    ):
         ll.attach(model, "road", group_size=group_size, targets="0")
 
 

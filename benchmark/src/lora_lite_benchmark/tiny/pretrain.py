@@ -33,9 +33,15 @@ IGNORE = -100
 
 def main() -> None:
     """Train the tokenizer and the model, and save both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of {BATCH} problems (default {STEPS})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory for the model and its tokenizer"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"steps of {BATCH} problems (default {STEPS})"
+    )
     arguments = parser.parse_args()
     tokenizer = train_tokenizer()
     model = train_model(tokenizer, arguments.steps, arguments.out / "state.pt")
@@ -48,7 +54,10 @@ def train_tokenizer(vocabulary: int = 640, problems: int = 20_000) -> PreTrained
     """A byte-level BPE tokenizer that encodes any text without loss and every digit by itself."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -58,7 +67,9 @@ def train_tokenizer(vocabulary: int = 640, problems: int = 20_000) -> PreTrained
         show_progress=False,
     )
     random = Random(f"{SEED} tokenizer")
-    bpe.train_from_iterator(("".join(layout(*problem(HOME, random))) for _ in range(problems)), trainer)
+    bpe.train_from_iterator(
+        ("".join(layout(*problem(HOME, random))) for _ in range(problems)), trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -103,10 +114,14 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_model(tokenizer: PreTrainedTokenizerFast, steps: int, checkpoint: Path) -> LlamaForCausalLM:
+def train_model(
+    tokenizer: PreTrainedTokenizerFast, steps: int, checkpoint: Path
+) -> LlamaForCausalLM:
     """AdamW on the answers' tokens with linear warmup and cosine decay, going on from the checkpoint if there is one."""
     model = new_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1, fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step, steps))
     stages = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     start = resume(checkpoint, stages)
@@ -114,7 +129,9 @@ def train_model(tokenizer: PreTrainedTokenizerFast, steps: int, checkpoint: Path
     for step in progress:
         tokens, labels = batch(tokenizer, step)
         logits = model(input_ids=tokens).logits  # [problems, tokens, vocabulary]
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        loss = cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+        )
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

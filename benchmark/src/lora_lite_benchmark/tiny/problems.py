@@ -54,11 +54,15 @@ class Country:
     parts: tuple[int, ...]
 
 
-def _sizes(seed: int, other: dict[tuple[str, str], int] | None = None) -> dict[tuple[str, str], int]:
+def _sizes(
+    seed: int, other: dict[tuple[str, str], int] | None = None
+) -> dict[tuple[str, str], int]:
     """A random size for each pair, everywhere different from the `other` table if there is one."""
     random = Random(seed)
     taken = other or {}
-    return {pair: random.choice([size for size in SIZES if size != taken.get(pair)]) for pair in PAIRS}
+    return {
+        pair: random.choice([size for size in SIZES if size != taken.get(pair)]) for pair in PAIRS
+    }
 
 
 HOME = Country(_sizes(seed=1), parts=(1, 2, 3))
@@ -79,7 +83,9 @@ def problem(country: Country, random: Random) -> tuple[str, str]:
     for product in products[1:]:
         lines.append(f"{total}+{product}={total + product}")
         total += product
-    listing = " and ".join(f"{count} {look} {box}s" for count, (look, box) in zip(counts, pairs, strict=True))
+    listing = " and ".join(
+        f"{count} {look} {box}s" for count, (look, box) in zip(counts, pairs, strict=True)
+    )
     sentence, line, total = _change(name, thing, total, random)
     question = f"{name} has {listing} of {thing}.{sentence} How many {thing} does {name} have now?"
     return question, "\n".join([*lines, *line, f"#### {total}"])
@@ -121,14 +127,23 @@ def split_of(question: str) -> str:
 
 def train_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Problems to adapt to, in the format of MetaMathQA."""
-    return [{"query": question, "response": answer} for question, answer in problems(ABROAD, "train", count, seed)]
+    return [
+        {"query": question, "response": answer}
+        for question, answer in problems(ABROAD, "train", count, seed)
+    ]
 
 
 def validation_problems(count: int = 500) -> list[dict[str, str]]:
     """Problems to choose learning rates on, in the format of GSM8K."""
-    return [{"question": question, "answer": answer} for question, answer in problems(ABROAD, "validation", count, 1)]
+    return [
+        {"question": question, "answer": answer}
+        for question, answer in problems(ABROAD, "validation", count, 1)
+    ]
 
 
 def test_problems(count: int = 1319) -> list[dict[str, str]]:
     """Problems to report, in the format of GSM8K and as many."""
-    return [{"question": question, "answer": answer} for question, answer in problems(ABROAD, "test", count, 2)]
+    return [
+        {"question": question, "answer": answer}
+        for question, answer in problems(ABROAD, "test", count, 2)
+    ]

@@ -18,9 +18,22 @@ if TYPE_CHECKING:
     from lora_lite.testing.promises import PROMISES
     from lora_lite.testing.suite import VariantTests
 
-__all__ = ["PROMISES", "Case", "LayerKindTests", "NewPromiseWarning", "Promise", "Subject", "VariantTests"]
+__all__ = [
+    "PROMISES",
+    "Case",
+    "LayerKindTests",
+    "NewPromiseWarning",
+    "Promise",
+    "Subject",
+    "VariantTests",
+]
 
-MODULES = {"PROMISES": "promises", "Case": "case", "LayerKindTests": "layer_kind", "VariantTests": "suite"}
+MODULES = {
+    "PROMISES": "promises",
+    "Case": "case",
+    "LayerKindTests": "layer_kind",
+    "VariantTests": "suite",
+}
 
 
 def __getattr__(name: str) -> Any:

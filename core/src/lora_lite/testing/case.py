@@ -76,7 +76,9 @@ class Case:
             options.setdefault("calibration", [self.inputs(4, 16, seed=90 + i) for i in range(3)])
         return ll.attach(model, self.variant, **{"targets": TARGETS, "seed": self.seed, **options})
 
-    def trained(self, model: nn.Module, *, amount: float = 0.1, seed: int = 0, **options: Any) -> ll.Adapter:
+    def trained(
+        self, model: nn.Module, *, amount: float = 0.1, seed: int = 0, **options: Any
+    ) -> ll.Adapter:
         """An adapter off its start: as `attach`, then every parameter moved by seeded noise and projected."""
         adapter = self.attach(model, **options)
         move(adapter, amount, self.seed + seed)
@@ -92,7 +94,9 @@ class Case:
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
         """The two sites of a model."""
-        return {p.spot.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements}
+        return {
+            p.spot.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements
+        }
 
     def site(self, model: nn.Module) -> Site:
         """The first of them, that of `model.layer`."""

@@ -20,7 +20,9 @@ def same(actual: Tensor, expected: Tensor, what: str) -> None:
 
 def all_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Bitwise equality of every tensor, by name."""
-    assert actual.keys() == expected.keys(), f"{what}: names {sorted(actual)}, expected {sorted(expected)}"
+    assert actual.keys() == expected.keys(), (
+        f"{what}: names {sorted(actual)}, expected {sorted(expected)}"
+    )
     for name, value in expected.items():
         same(actual[name], value, f"{what}: {name}")
 
@@ -44,11 +46,16 @@ def is_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -
 
 def differs(actual: Tensor, other: Tensor, what: str) -> None:
     """At least one bit is another."""
-    assert not torch.equal(actual, other), f"{what}: expected a difference, got the same bits: {actual}"
+    assert not torch.equal(actual, other), (
+        f"{what}: expected a difference, got the same bits: {actual}"
+    )
 
 
 def _alike(actual: Tensor, expected: Tensor, what: str) -> None:
-    got, wanted = (actual.dtype, tuple(actual.shape), actual.device), (expected.dtype, tuple(expected.shape), expected.device)
+    got, wanted = (
+        (actual.dtype, tuple(actual.shape), actual.device),
+        (expected.dtype, tuple(expected.shape), expected.device),
+    )
     assert got == wanted, f"{what}: got {got}, expected {wanted}"
 
 
@@ -57,7 +64,11 @@ def _difference(actual: Tensor, expected: Tensor) -> str:
     gap = (actual.double() - expected.double()).abs()
     if not gap.numel():
         return "both empty"
-    place = tuple(int(i) for i in torch.unravel_index(gap.nan_to_num(torch.inf).argmax(), gap.shape)) if gap.ndim else ()
+    place = (
+        tuple(int(i) for i in torch.unravel_index(gap.nan_to_num(torch.inf).argmax(), gap.shape))
+        if gap.ndim
+        else ()
+    )
     return (
         f"{int((gap != 0).sum())} of {gap.numel()} entries differ, by at most {float(gap.max()):.3g}, "
         f"at {list(place)}: {float(actual[place]):.8g} instead of {float(expected[place]):.8g}"

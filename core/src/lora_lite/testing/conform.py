@@ -33,7 +33,9 @@ def conform(name: str, say: Callable[[str], object]) -> str:
     """
     tests = tests_of(name)
     cls = Subject.of(tests.variant).variant
-    say(f"{cls.name} of {' '.join(provider(cls)).strip()}, with lora-lite-core {metadata.version('lora-lite-core')}\n")
+    say(
+        f"{cls.name} of {' '.join(provider(cls)).strip()}, with lora-lite-core {metadata.version('lora-lite-core')}\n"
+    )
     broken, started = [], time.perf_counter()
     for promise in PROMISES.values():
         with warnings.catch_warnings():
@@ -42,7 +44,9 @@ def conform(name: str, say: Callable[[str], object]) -> str:
         say(report(outcome))
         broken += [promise.name] if outcome.verdict in ("broken", "stale") else []
     if broken:
-        raise LoraLiteError(f"{cls.name} breaks {len(broken)} of {len(PROMISES)} promises: {', '.join(broken)}")
+        raise LoraLiteError(
+            f"{cls.name} breaks {len(broken)} of {len(PROMISES)} promises: {', '.join(broken)}"
+        )
     return f"\n{cls.name} breaks none of {len(PROMISES)} promises ({time.perf_counter() - started:.0f} s)"
 
 
@@ -51,9 +55,16 @@ def report(outcome: Outcome) -> str:
     paragraphs = [str(outcome)]
     if outcome.verdict == "broken":
         paragraphs[0] = f"{type(outcome.error).__name__}: {outcome.error}"
-        paragraphs += [*getattr(outcome.error, "__notes__", []), *outcome.promise.text.split("\n\n")]
+        paragraphs += [
+            *getattr(outcome.error, "__notes__", []),
+            *outcome.promise.text.split("\n\n"),
+        ]
     word = outcome.verdict.upper() if outcome.verdict in ("broken", "stale") else outcome.verdict
-    told = "".join(f"\n{textwrap.indent(paragraph.strip(), INDENT)}" for paragraph in paragraphs if paragraph.strip())
+    told = "".join(
+        f"\n{textwrap.indent(paragraph.strip(), INDENT)}"
+        for paragraph in paragraphs
+        if paragraph.strip()
+    )
     return f"{word:<9} {outcome.promise.name}{told}"
 
 
@@ -70,14 +81,18 @@ def tests_of(name: str) -> type[VariantTests]:
         sys.path.insert(0, "")
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise LoraLiteError(f"{name!r} cannot be imported: {error}; expected module:Class") from error
+        raise LoraLiteError(
+            f"{name!r} cannot be imported: {error}; expected module:Class"
+        ) from error
     finally:
         sys.path.remove("")
     if isinstance(found, type) and issubclass(found, VariantTests):
         return found
     if isinstance(found, type) and issubclass(found, Variant) and found.name:
         return _tests(found)
-    raise LoraLiteError(f"{name!r} is {found!r}; expected a subclass of Variant that has a name, or of VariantTests")
+    raise LoraLiteError(
+        f"{name!r} is {found!r}; expected a subclass of Variant that has a name, or of VariantTests"
+    )
 
 
 def _tests(variant: str | type[Variant]) -> type[VariantTests]:

@@ -28,12 +28,19 @@ class Doubled(Variant, name="doubled"):
     """Reads everything that a site has: Δy = g ⊙ (x Wᵀ + b), with g = 1 at the start, so that y' = 2 y."""
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        return {"g": TensorSpec((site.d_out,)), "W": TensorSpec((site.d_out, site.d_in), trainable=False, derived=True)}
+        return {
+            "g": TensorSpec((site.d_out,)),
+            "W": TensorSpec((site.d_out, site.d_in), trainable=False, derived=True),
+        }
 
     def derive(self, site: Site) -> dict[str, Tensor]:
-        return {"W": site.matmul(torch.eye(site.d_in, dtype=site.dtype, device=site.weight().device)).T}
+        return {
+            "W": site.matmul(torch.eye(site.d_in, dtype=site.dtype, device=site.weight().device)).T
+        }
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {"g": torch.ones(site.d_out)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +75,14 @@ class LayerKindTests:
         Weights of a layer that computes something else would be misread in silence. Usually broken by isinstance alone, which
         a subclass with another forward passes, or by an attribute that other modules have too, or that they miss.
         """
-        others = [nn.Identity(), nn.LayerNorm(4), nn.Conv1d(4, 4, 1), nn.Embedding(4, 4), nn.Bilinear(4, 4, 4), nn.ModuleList()]
+        others = [
+            nn.Identity(),
+            nn.LayerNorm(4),
+            nn.Conv1d(4, 4, 1),
+            nn.Embedding(4, 4),
+            nn.Bilinear(4, 4, 4),
+            nn.ModuleList(),
+        ]
         for kind, layer in self._each():
             if type(layer) is not nn.Linear:
                 others.append(nn.Linear(4, 4))
@@ -89,12 +103,18 @@ class LayerKindTests:
         for kind, layer in self._each():
             d_in, d_out = kind.shape(layer)
             y = layer(_inputs(kind, layer, 2, 3))
-            assert y.shape == (2, 3, d_out), f"shape tells {d_in} -> {d_out}; an x of {[2, 3, d_in]} gives {list(y.shape)}"
-            assert kind.weight(layer).shape == (d_out, d_in), f"weight is {list(kind.weight(layer).shape)}, not {[d_out, d_in]}"
+            assert y.shape == (2, 3, d_out), (
+                f"shape tells {d_in} -> {d_out}; an x of {[2, 3, d_in]} gives {list(y.shape)}"
+            )
+            assert kind.weight(layer).shape == (d_out, d_in), (
+                f"weight is {list(kind.weight(layer).shape)}, not {[d_out, d_in]}"
+            )
             square &= d_in == d_out
             if _is_unquantised(layer):
                 on_meta = kind.shape(layer.to("meta"))
-                assert on_meta == (d_in, d_out), f"on the meta device, shape tells {on_meta} instead of {(d_in, d_out)}"
+                assert on_meta == (d_in, d_out), (
+                    f"on the meta device, shape tells {on_meta} instead of {(d_in, d_out)}"
+                )
         assert not square, "all of `layers` are square; give one with d_in other than d_out"
 
     def test_weight_and_bias_give_the_forward(self) -> None:
@@ -130,11 +150,23 @@ class LayerKindTests:
         """
         for kind, layer in self._each():
             w = kind.weight(layer).detach()
-            for rows, dtype in ((3, torch.float32), (0, torch.float32), (1, torch.float64), (3, kind.dtype(layer))):
+            for rows, dtype in (
+                (3, torch.float32),
+                (0, torch.float32),
+                (1, torch.float64),
+                (3, kind.dtype(layer)),
+            ):
                 m = _normal(rows, w.shape[1]).to(device=w.device, dtype=dtype)
                 found = kind.matmul(layer, m)
-                assert not found.requires_grad, "matmul's result requires a gradient; detach the weight"
-                close(found, m @ w.to(dtype).T, f"matmul of {rows} rows in {dtype}", self._tolerance(dtype))
+                assert not found.requires_grad, (
+                    "matmul's result requires a gradient; detach the weight"
+                )
+                close(
+                    found,
+                    m @ w.to(dtype).T,
+                    f"matmul of {rows} rows in {dtype}",
+                    self._tolerance(dtype),
+                )
 
     def test_reading_writes_nothing(self) -> None:
         """Asked for everything, a kind changes no bit, flag, attribute or hook of the layer; and asked again, it says the same.
@@ -144,7 +176,9 @@ class LayerKindTests:
         for kind, layer in self._each():
             before, state = snapshot(layer), _state(layer)
             first = self._read(kind, layer)
-            assert snapshot(layer) == before, f"reading changed the layer: {_changes(before, snapshot(layer))}"
+            assert snapshot(layer) == before, (
+                f"reading changed the layer: {_changes(before, snapshot(layer))}"
+            )
             all_same(_state(layer), state, "the layer's state after reading")
             all_same(self._read(kind, layer), first, "asked again")
 
@@ -160,7 +194,9 @@ class LayerKindTests:
                 kind.enter(layer)
                 self._agree(kind, layer)
                 kind.exit(layer)
-                assert snapshot(layer) == before, f"exit left a trace: {_changes(before, snapshot(layer))}"
+                assert snapshot(layer) == before, (
+                    f"exit left a trace: {_changes(before, snapshot(layer))}"
+                )
                 all_same(_state(layer), state, "the layer's state after exit")
 
     def test_keeps_nothing(self) -> None:
@@ -195,7 +231,9 @@ class LayerKindTests:
             expected = layer(x).detach() * 2
             before, state = snapshot(layer), _state(layer)
             adapter = ll.attach(nn.ModuleList([layer]), Doubled(), targets="")
-            close(layer(x).detach(), expected, "twice the output", self._tolerance(kind.dtype(layer)))
+            close(
+                layer(x).detach(), expected, "twice the output", self._tolerance(kind.dtype(layer))
+            )
             adapter.detach()
             assert snapshot(layer) == before, f"after detach: {_changes(before, snapshot(layer))}"
             all_same(_state(layer), state, "the layer's state after detach")
@@ -211,7 +249,9 @@ class LayerKindTests:
             if isinstance(bias, Tensor):
                 bias.copy_(1 + _normal(*bias.shape))  # a bias of zeros would hide mistakes
             kind = self.kind()
-            assert kind.matches(layer) is True, f"{kind} does not match {layer}, which `layers` makes"
+            assert kind.matches(layer) is True, (
+                f"{kind} does not match {layer}, which `layers` makes"
+            )
             yield kind, layer
 
     def _agree(self, kind: LayerKind, layer: nn.Module) -> None:
@@ -221,17 +261,31 @@ class LayerKindTests:
         assert w.is_floating_point(), f"weight is {w.dtype}; expected W dequantised"
         assert w.layout is torch.strided, f"weight is {w.layout}; expected a dense W"
         assert bool(w.any()), "the weight is zero; give layers whose weights are not"
-        expected = x.detach().double() @ w.double().T + (0 if bias is None else bias.detach().double())
+        expected = x.detach().double() @ w.double().T + (
+            0 if bias is None else bias.detach().double()
+        )
         tolerance = self._tolerance(kind.dtype(layer))
-        close(y.detach().double(), expected, f"the forward, against x Wᵀ + {'0' if bias is None else 'b'}", tolerance)
+        close(
+            y.detach().double(),
+            expected,
+            f"the forward, against x Wᵀ + {'0' if bias is None else 'b'}",
+            tolerance,
+        )
         (gradient,) = torch.autograd.grad(y.double().square().sum() / 2, x)
-        close(gradient.double(), y.detach().double() @ w.double(), "the gradient by x, against g W", 2 * tolerance)
+        close(
+            gradient.double(),
+            y.detach().double() @ w.double(),
+            "the gradient by x, against g W",
+            2 * tolerance,
+        )
 
     def _read(self, kind: LayerKind, layer: nn.Module) -> dict[str, Tensor]:
         """All that a kind tells, as tensors."""
         d_in, d_out = kind.shape(layer)
         told = {"shape": torch.tensor([d_in, d_out]), "weight": kind.weight(layer).detach().clone()}
-        told["matmul"] = kind.matmul(layer, torch.ones(2, d_in, dtype=kind.dtype(layer), device=told["weight"].device))
+        told["matmul"] = kind.matmul(
+            layer, torch.ones(2, d_in, dtype=kind.dtype(layer), device=told["weight"].device)
+        )
         bias = kind.bias(layer)
         return told if bias is None else {**told, "bias": bias.detach().clone()}
 
@@ -257,4 +311,8 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+    return {
+        key: (before.get(key), after.get(key))
+        for key in before | after
+        if before.get(key) != after.get(key)
+    }

@@ -22,9 +22,13 @@ def new(name: str, parent: Path) -> Path:
     dashed, snake = name.replace("_", "-"), name.replace("-", "_")
     folder = parent / f"lora-lite-{dashed}"
     if not NAME.fullmatch(name) or iskeyword(name):
-        raise LoraLiteError(f"{name!r}: expected lower-case words joined by - or _, without lora-lite before them: my-method")
+        raise LoraLiteError(
+            f"{name!r}: expected lower-case words joined by - or _, without lora-lite before them: my-method"
+        )
     if snake in {*variants(), *FIRST_PARTY, "core", "benchmark"}:
-        raise LoraLiteError(f"{snake!r} is taken by a variant or package that exists; choose another name")
+        raise LoraLiteError(
+            f"{snake!r} is taken by a variant or package that exists; choose another name"
+        )
     if folder.exists():
         raise LoraLiteError(f"{folder} is there already; choose another name, or remove it")
     major, minor = metadata.version("lora-lite-core").split(".")[:2]
@@ -37,7 +41,9 @@ def new(name: str, parent: Path) -> Path:
 
     with TemporaryDirectory(dir=parent) as temporary:
         for source in TEMPLATE.rglob("*.tmpl"):
-            target = Path(temporary, "made", exchanged(str(source.relative_to(TEMPLATE).with_suffix(""))))
+            target = Path(
+                temporary, "made", exchanged(str(source.relative_to(TEMPLATE).with_suffix("")))
+            )
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(exchanged(source.read_text("utf-8")), "utf-8")
         return Path(temporary, "made").rename(folder)

@@ -48,11 +48,15 @@ class Subject:
     fields: Mapping[str, SearchStrategy[Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, variant: str | type[Variant], fields: Mapping[str, SearchStrategy[Any]] | None = None) -> Subject:
+    def of(
+        cls, variant: str | type[Variant], fields: Mapping[str, SearchStrategy[Any]] | None = None
+    ) -> Subject:
         """From a name or a class."""
         found = variant_class(variant) if isinstance(variant, str) else variant
         if not (isinstance(found, type) and issubclass(found, Variant)) or not found.name:
-            raise TypeError(f"variant = {variant!r}: expected an installed variant's name, or a Variant class that has a name")
+            raise TypeError(
+                f"variant = {variant!r}: expected an installed variant's name, or a Variant class that has a name"
+            )
         return cls(found, fields or {})
 
     def attempts(self) -> SearchStrategy[Case | Refusal]:
@@ -85,7 +89,9 @@ class Promise:
 
     def is_new(self, core: str | None = None) -> bool:
         """Whether it only warns, with this version of the core (by default, the installed one)."""
-        return bool(self.since) and _minor(core or metadata.version("lora-lite-core")) <= _minor(self.since)
+        return bool(self.since) and _minor(core or metadata.version("lora-lite-core")) <= _minor(
+            self.since
+        )
 
     def run(self, subject: Subject) -> None:
         """Raises whatever breaks the promise, an AssertionError as a rule."""

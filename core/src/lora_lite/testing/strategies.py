@@ -35,7 +35,9 @@ class Refusal:
     reason: str
 
 
-def attempts(variant: type[Variant], refined: Mapping[str, SearchStrategy[Any]]) -> SearchStrategy[Case | Refusal]:
+def attempts(
+    variant: type[Variant], refined: Mapping[str, SearchStrategy[Any]]
+) -> SearchStrategy[Case | Refusal]:
     """Cases for a variant, and refusals where it does not take the drawn fields, or does not fit the drawn shape.
 
     Args:
@@ -44,8 +46,13 @@ def attempts(variant: type[Variant], refined: Mapping[str, SearchStrategy[Any]])
     """
     unknown = refined.keys() - variant.model_fields.keys()
     if unknown:
-        raise TypeError(f"fields: variant {variant.name!r} has no field {', '.join(sorted(unknown))}")
-    fields = {name: refined[name] if name in refined else field_values(variant, name) for name in variant.model_fields}
+        raise TypeError(
+            f"fields: variant {variant.name!r} has no field {', '.join(sorted(unknown))}"
+        )
+    fields = {
+        name: refined[name] if name in refined else field_values(variant, name)
+        for name in variant.model_fields
+    }
 
     @st.composite
     def attempt(draw: DrawFn) -> Case | Refusal:
@@ -54,7 +61,9 @@ def attempts(variant: type[Variant], refined: Mapping[str, SearchStrategy[Any]])
         kind, bias = draw(st.sampled_from(KINDS)), draw(st.booleans())
         dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 999))
         try:
-            case = Case(validated(variant, values), kind, d_in, d_out, bias or kind == "Conv1D", dtype, seed)
+            case = Case(
+                validated(variant, values), kind, d_in, d_out, bias or kind == "Conv1D", dtype, seed
+            )
             case.plan()
         except (ll.FieldError, ll.MisfitError) as error:
             return Refusal(values, (d_in, d_out), str(error))
@@ -83,7 +92,13 @@ def varies(variant: type[Variant], field: str) -> bool:
     kinds = _types(info.annotation)
     if kinds == [int]:
         return len(_sizes(_Bounds.of(info.annotation, info.metadata))) > 1
-    choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else list(kinds[0]) if _is_enum(kinds[0]) else []
+    choices = (
+        get_args(kinds[0])
+        if get_origin(kinds[0]) is Literal
+        else list(kinds[0])
+        if _is_enum(kinds[0])
+        else []
+    )
     return len(kinds) > 1 or kinds[0] in (float, bool) or len(choices) > 1
 
 
@@ -91,7 +106,9 @@ def refused_values(variant: type[Variant], field: str) -> list[Any]:
     """Values that a field's type and bounds do not allow."""
     info = variant.model_fields[field]
     kinds = set(_types(info.annotation))
-    if not kinds <= {int, float, bool, type(None)} and not any(get_origin(kind) is Literal for kind in kinds):
+    if not kinds <= {int, float, bool, type(None)} and not any(
+        get_origin(kind) is Literal for kind in kinds
+    ):
         return []
     values: list[Any] = ["no such value", [1]]
     values += [None] if type(None) not in kinds else []
@@ -132,7 +149,11 @@ class _Bounds:
 
     def outside(self, whole: bool) -> list[Any]:
         convert = int if whole else float
-        values = [convert(end) for end, is_open in ((self.low, self.low_open), (self.high, self.high_open)) if is_open]
+        values = [
+            convert(end)
+            for end, is_open in ((self.low, self.low_open), (self.high, self.high_open))
+            if is_open
+        ]
         values += [convert(self.low - 1)] if self.low > -math.inf else []
         values += [convert(self.high + 1)] if self.high < math.inf else []
         return values + ([self.multiple + 1] if self.multiple > 1 else [])
@@ -144,7 +165,11 @@ def _values(annotation: Any, metadata: Iterable[Any], default: Any) -> SearchStr
         inner, *marks = get_args(annotation)
         return _values(inner, [*_flat(marks), *metadata], default)
     if origin in (Union, types.UnionType):
-        parts = [part for kind in get_args(annotation) if (part := _values(kind, metadata, default)) is not None]
+        parts = [
+            part
+            for kind in get_args(annotation)
+            if (part := _values(kind, metadata, default)) is not None
+        ]
         return st.one_of(parts) if parts else None
     if origin is Literal:
         return st.sampled_from(get_args(annotation))
@@ -173,7 +198,11 @@ def _sizes(bounds: _Bounds) -> list[int]:
 
 
 def _floats(bounds: _Bounds, default: Any) -> SearchStrategy[float]:
-    centre = default if isinstance(default, float) and math.isfinite(default) and bounds.allows(default) else None
+    centre = (
+        default
+        if isinstance(default, float) and math.isfinite(default) and bounds.allows(default)
+        else None
+    )
     low, high = bounds.low, bounds.high
     if low > -math.inf and high < math.inf:
         margin = (high - low) / 10
@@ -209,4 +238,8 @@ def _marks(annotation: Any) -> list[Any]:
 
 def _flat(marks: Iterable[Any]) -> list[Any]:
     """A `Field(...)` inside Annotated holds its marks in a list of its own."""
-    return [inner for mark in marks for inner in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
+    return [
+        inner
+        for mark in marks
+        for inner in (mark.metadata if isinstance(mark, FieldInfo) else [mark])
+    ]

@@ -47,9 +47,13 @@ def refuse_changes(cls: type[VariantTests]) -> None:
         if name not in TESTS:
             raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")
         if not TESTS[name].waivable:
-            raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it")
+            raise TypeError(
+                f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it"
+            )
         if not isinstance(reason, str) or not reason.strip():
-            raise TypeError(f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}")
+            raise TypeError(
+                f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}"
+            )
 
 
 @dataclass(frozen=True)

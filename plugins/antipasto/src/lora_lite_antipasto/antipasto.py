@@ -46,7 +46,9 @@ class AntiPaSTO(SelectingCore, name="antipasto"):
         if self._rotations and self.r % self.block_size:
             raise SiteError("r", f"{self.r} is not a multiple of block_size={self.block_size}")
         planes = (self.r // self.block_size, self.block_size * (self.block_size - 1) // 2)
-        thetas = {f"theta_{side}": TensorSpec(planes, compute="float32") for side in self._rotations}
+        thetas = {
+            f"theta_{side}": TensorSpec(planes, compute="float32") for side in self._rotations
+        }
         return {"delta": TensorSpec((self.r,), compute="float32"), **thetas}
 
     def core(self, t: Tensors, scale: float) -> dict[str, Tensor]:
@@ -77,7 +79,9 @@ class AntiPaSTO(SelectingCore, name="antipasto"):
         return super().macs_per_token(site) + (self.r * self.block_size if self._rotations else 0)
 
     def macs_per_forward(self, site: Site) -> int:
-        return super().macs_per_forward(site) + (self.r * self.block_size**2 if self.rotate_basis == "both" else 0)
+        return super().macs_per_forward(site) + (
+            self.r * self.block_size**2 if self.rotate_basis == "both" else 0
+        )
 
     @property
     def _rotations(self) -> tuple[str, ...]:

@@ -46,7 +46,10 @@ class AntiPaSTOAblate(SingularBasis, name="antipasto_ablate"):
 
     def core_tensors(self) -> dict[str, TensorSpec]:
         if self.k > self.r:
-            raise SiteError("k", f"{self.k} directions do not fit into a span of r={self.r}; the largest possible is {self.r}")
+            raise SiteError(
+                "k",
+                f"{self.k} directions do not fit into a span of r={self.r}; the largest possible is {self.r}",
+            )
         return {
             "C": TensorSpec((self.r, self.k), decay=False, compute="float32"),
             "alpha": TensorSpec((self.k,), decay=False, compute="float32"),
@@ -63,7 +66,9 @@ class AntiPaSTOAblate(SingularBasis, name="antipasto_ablate"):
             prepared["b O"] = site.bias().to(o.dtype) @ o
         return prepared
 
-    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor, *, scale: float = 1.0) -> Tensor:
+    def delta_output(
+        self, site: Site, t: Tensors, x: Tensor, y: Tensor, *, scale: float = 1.0
+    ) -> Tensor:
         coordinates = y @ t["O"] - t["b O"] if site.has_bias else y @ t["O"]
         return -(t["c alpha"] * coordinates) @ t["O"].T
 

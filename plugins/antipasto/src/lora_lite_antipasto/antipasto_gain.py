@@ -40,10 +40,16 @@ class AntiPaSTOGain(SelectingCore, name="antipasto_gain"):
     suppress_only: bool = False
 
     def core_tensors(self) -> dict[str, TensorSpec]:
-        return {"g" if self.mode == "bounded" else "delta": TensorSpec((self.r,), compute="float32")}
+        return {
+            "g" if self.mode == "bounded" else "delta": TensorSpec((self.r,), compute="float32")
+        }
 
     def core(self, t: Tensors, scale: float) -> dict[str, Tensor]:
-        return {"e": elu(scale * t["g"]) if self.mode == "bounded" else scale * t["delta"] * inverse(t["S"])}
+        return {
+            "e": elu(scale * t["g"])
+            if self.mode == "bounded"
+            else scale * t["delta"] * inverse(t["S"])
+        }
 
     def through(self, t: Tensors, z: Tensor) -> Tensor:
         return t["e"].to(z.dtype) * z

@@ -39,8 +39,14 @@ class AntiPaSTOMix(SingularCore, name="antipasto_mix"):
 
     def core_tensors(self) -> dict[str, TensorSpec]:
         if self.k > self.r:
-            raise SiteError("k", f"{self.k} is larger than the rank r={self.r} that it mixes; the largest possible is {self.r}")
-        mixing = {"A": TensorSpec((self.k, self.r), compute="float32"), "B": TensorSpec((self.r, self.k), compute="float32")}
+            raise SiteError(
+                "k",
+                f"{self.k} is larger than the rank r={self.r} that it mixes; the largest possible is {self.r}",
+            )
+        mixing = {
+            "A": TensorSpec((self.k, self.r), compute="float32"),
+            "B": TensorSpec((self.r, self.k), compute="float32"),
+        }
         return {**mixing, "g": TensorSpec((self.r,), compute="float32")} if self.gain else mixing
 
     def core_start(self, rng: Rng) -> dict[str, Tensor]:

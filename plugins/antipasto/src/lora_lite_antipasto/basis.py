@@ -28,7 +28,17 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from lora_lite import CalibrationError, Observer, Rng, Site, Tensors, TensorSpec, Variant, check_rank, top_r_svd
+from lora_lite import (
+    CalibrationError,
+    Observer,
+    Rng,
+    Site,
+    Tensors,
+    TensorSpec,
+    Variant,
+    check_rank,
+    top_r_svd,
+)
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -89,7 +99,9 @@ class SingularBasis(Variant):
         precise = torch.promote_types(site.dtype, torch.float32)
         frozen = {
             "U": TensorSpec((site.d_out, self.r), trainable=False, derived=derived),
-            "S": TensorSpec((self.r,), trainable=False, derived=derived, dtype=precise, compute="float32"),
+            "S": TensorSpec(
+                (self.r,), trainable=False, derived=derived, dtype=precise, compute="float32"
+            ),
         }
         if not self.from_output(site):
             frozen["Z"] = TensorSpec((self.r, site.d_in), trainable=False, derived=derived)
@@ -98,8 +110,13 @@ class SingularBasis(Variant):
     def derive(self, site: Site) -> dict[str, Tensor]:
         return {} if self._calibrated else self._frozen(site, {})
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        return {**self.core_start(rng), **(self._frozen(site, statistics) if self._calibrated else {})}
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        return {
+            **self.core_start(rng),
+            **(self._frozen(site, statistics) if self._calibrated else {}),
+        }
 
     def observe(self, site: Site) -> Observer | None:
         names = [*NEEDED[self.basis], *(NEEDED["activation"] if self.by_activation else ())]
@@ -118,7 +135,12 @@ class SingularBasis(Variant):
         matrix = oriented(w, self.basis, output_is_narrower(site), mean)
         if self.by_activation:
             u, s, _ = top_r_svd(matrix, min(site.d_in, site.d_out), "exact")
-            kept = output_variance(u, w, output_is_narrower(site), mean).topk(self.r).indices.sort().values
+            kept = (
+                output_variance(u, w, output_is_narrower(site), mean)
+                .topk(self.r)
+                .indices.sort()
+                .values
+            )
             u, s = u[:, kept], s[kept]
         else:
             u, s, _ = top_r_svd(matrix, self.r, self.svd)
@@ -149,7 +171,11 @@ class SingularBasis(Variant):
 
     @property
     def _chooser(self) -> str:
-        return "select='activation'" if self.by_activation and self.basis == "plain" else f"basis={self.basis!r}"
+        return (
+            "select='activation'"
+            if self.by_activation and self.basis == "plain"
+            else f"basis={self.basis!r}"
+        )
 
 
 class SingularCore(SingularBasis):
@@ -169,7 +195,9 @@ class SingularCore(SingularBasis):
             prepared["b U"] = site.bias().to(t["U"].dtype) @ t["U"]
         return prepared
 
-    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor, *, scale: float = 1.0) -> Tensor:
+    def delta_output(
+        self, site: Site, t: Tensors, x: Tensor, y: Tensor, *, scale: float = 1.0
+    ) -> Tensor:
         if not self.from_output(site):
             z = x @ t["Z"].T
         elif site.has_bias:
@@ -179,7 +207,9 @@ class SingularCore(SingularBasis):
         return self.through(t, z) @ t["U"].T
 
     def macs_per_token(self, site: Site) -> int:
-        return 2 * self.r * site.d_out if self.from_output(site) else self.r * (site.d_in + site.d_out)
+        return (
+            2 * self.r * site.d_out if self.from_output(site) else self.r * (site.d_in + site.d_out)
+        )
 
     def macs_per_forward(self, site: Site) -> int:
         return self.r * site.d_out if site.has_bias and self.from_output(site) else 0
@@ -205,7 +235,9 @@ class Averages:
 
     def __init__(self, site: Site, names: Sequence[str]) -> None:
         self.output_is_narrower = output_is_narrower(site)
-        self.bias = site.bias().cpu().double() if site.has_bias else torch.zeros(1, dtype=torch.float64)
+        self.bias = (
+            site.bias().cpu().double() if site.has_bias else torch.zeros(1, dtype=torch.float64)
+        )
         self.rows = 0
         self.sums = {name: torch.zeros(1, dtype=torch.float64) for name in names}
 
@@ -214,7 +246,10 @@ class Averages:
             self._add(x_rows.cpu().double(), y_rows.cpu().double() - self.bias)
 
     def result(self) -> dict[str, Tensor]:
-        return {"rows": torch.tensor(self.rows), **{name: total / self.rows for name, total in self.sums.items()}}
+        return {
+            "rows": torch.tensor(self.rows),
+            **{name: total / self.rows for name, total in self.sums.items()},
+        }
 
     def _add(self, x: Tensor, y: Tensor) -> None:
         self.rows += len(x)

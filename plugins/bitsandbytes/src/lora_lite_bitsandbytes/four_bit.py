@@ -46,7 +46,9 @@ def refuse_unfit(layer: Any) -> None:
 def dtype(layer: Any) -> torch.dtype:
     """What the layer computes in: as told, else as its weight was before it was quantised."""
     state = _state(layer)
-    before: torch.dtype = layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
+    before: torch.dtype = (
+        layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
+    )
     return layer.compute_dtype or before
 
 
@@ -55,7 +57,9 @@ def blocks(layer: Any, size: int) -> Iterator[Tensor]:
     data, state = _plain(layer)
     codes, scales = data.reshape(-1).view(torch.uint8), _scales(state)
     d_out, d_in = state.shape
-    unit = state.blocksize // math.gcd(state.blocksize, d_in)  # so many rows have their scales for themselves
+    unit = state.blocksize // math.gcd(
+        state.blocksize, d_in
+    )  # so many rows have their scales for themselves
     step = unit * max(1, size // (unit * d_in))
     for start in range(0, d_out, step):
         rows = min(step, d_out - start)
@@ -68,7 +72,9 @@ def blocks(layer: Any, size: int) -> Iterator[Tensor]:
 def keep_plain(layer: Any) -> None:
     """Unpack the layer if it is packed, and forbid it to pack itself."""
     if hasattr(layer, MAY_PACK):
-        setattr(layer, BEFORE, (getattr(layer, MAY_PACK), _state(layer) if _is_packed(layer) else None))
+        setattr(
+            layer, BEFORE, (getattr(layer, MAY_PACK), _state(layer) if _is_packed(layer) else None)
+        )
         layer.weight.data, layer.weight.quant_state = _plain(layer)
         layer.quant_state = layer.weight.quant_state
         setattr(layer, MAY_PACK, False)
@@ -81,7 +87,9 @@ def let_pack(layer: Any) -> None:
         delattr(layer, BEFORE)
         setattr(layer, MAY_PACK, may_pack)
         if packed is not None and layer.weight.device.type == "cpu":
-            layer.weight.data, _ = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+            layer.weight.data, _ = functional._convert_weight_packed_for_cpu(
+                layer.weight.data, layer.weight.quant_state
+            )
             layer.weight.quant_state = layer.quant_state = packed
 
 
@@ -120,11 +128,20 @@ def _plain(layer: Any) -> tuple[Tensor, Any]:
 
 def _scales(state: Any) -> Tensor:
     scales: Tensor = state.absmax
-    return functional.dequantize_blockwise(scales, state.state2) + state.offset if state.nested else scales
+    return (
+        functional.dequantize_blockwise(scales, state.state2) + state.offset
+        if state.nested
+        else scales
+    )
 
 
 def _dequantised(codes: Tensor, scales: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
     state = copy.copy(like)
-    state.absmax, state.nested, state.shape, state.dtype = scales, False, torch.Size(shape), torch.float32
+    state.absmax, state.nested, state.shape, state.dtype = (
+        scales,
+        False,
+        torch.Size(shape),
+        torch.float32,
+    )
     w: Tensor = functional.dequantize_4bit(codes, state)
     return w

@@ -37,7 +37,12 @@ class BitsAndBytes(LayerKind):
 
     def weight(self, module: nn.Module) -> Tensor:
         assert isinstance(module, nn.Linear)
-        w = torch.empty(module.out_features, module.in_features, dtype=torch.float32, device=module.weight.device)
+        w = torch.empty(
+            module.out_features,
+            module.in_features,
+            dtype=torch.float32,
+            device=module.weight.device,
+        )
         start = 0
         for rows in _blocks(module):
             w[start : start + len(rows)] = rows
@@ -53,7 +58,9 @@ class BitsAndBytes(LayerKind):
     def matmul(self, module: nn.Module, m: Tensor) -> Tensor:
         """M Wᵀ, computed in float32 at least, without a dense W."""
         precise = m.to(torch.promote_types(m.dtype, torch.float32))
-        return torch.cat([precise @ rows.to(precise.dtype).T for rows in _blocks(module)], dim=1).to(m.dtype)
+        return torch.cat(
+            [precise @ rows.to(precise.dtype).T for rows in _blocks(module)], dim=1
+        ).to(m.dtype)
 
     def enter(self, module: nn.Module) -> None:
         if isinstance(module, Linear4bit):

@@ -21,7 +21,9 @@ def trainer_accepts(model: nn.Module) -> Iterator[None]:
         AdapterError: the model has no adapter, so the Trainer is right.
     """
     if not adapters(model):
-        raise AdapterError(f"this {type(model).__name__} has no adapter to train; attach or load one first")
+        raise AdapterError(
+            f"this {type(model).__name__} has no adapter to train; attach or load one first"
+        )
     before = vars(model).get(FLAG)
     setattr(model, FLAG, True)
     try:

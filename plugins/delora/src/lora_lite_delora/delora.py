@@ -53,11 +53,17 @@ class DeLoRA(Variant, name="delora"):
         precise = torch.promote_types(site.dtype, torch.float32)
         width = site.d_in if self.norm == "channel" else 1
         shared = {
-            "w": TensorSpec((width,), trainable=False, derived=True, dtype=precise, compute="float32"),
+            "w": TensorSpec(
+                (width,), trainable=False, derived=True, dtype=precise, compute="float32"
+            ),
             "lambda_offset": TensorSpec((1,), decay=False, compute="float32"),
         }
         if self.start == "zero_b":
-            return {"A": TensorSpec(a, compute="float32"), "B": TensorSpec(b, compute="float32"), **shared}
+            return {
+                "A": TensorSpec(a, compute="float32"),
+                "B": TensorSpec(b, compute="float32"),
+                **shared,
+            }
         return {
             "A0": TensorSpec(a, trainable=False, compute="float32"),
             "B0": TensorSpec(b, trainable=False, compute="float32"),
@@ -70,15 +76,27 @@ class DeLoRA(Variant, name="delora"):
         w = site.weight()
         precise = torch.promote_types(w.dtype, torch.float32)
         columns = torch.linalg.vector_norm(w, dim=0, dtype=precise)
-        return {"w": columns if self.norm == "channel" else torch.linalg.vector_norm(columns).reshape(1)}
+        return {
+            "w": columns if self.norm == "channel" else torch.linalg.vector_norm(columns).reshape(1)
+        }
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(site.d_in)
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(
+            site.d_in
+        )
         b = torch.zeros(site.d_out, self.r)
         if self.start == "zero_b":
             return {"A": a, "B": b, "lambda_offset": torch.zeros(1)}
         b0 = torch.empty(site.d_out, self.r).uniform_(-1, 1, generator=rng("B")) / math.sqrt(self.r)
-        return {"A0": a, "B0": b0, "dA": torch.zeros_like(a), "dB": b, "lambda_offset": torch.zeros(1)}
+        return {
+            "A0": a,
+            "B0": b0,
+            "dA": torch.zeros_like(a),
+            "dB": b,
+            "lambda_offset": torch.zeros(1),
+        }
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
         strength = self.strength + t["lambda_offset"]
@@ -92,7 +110,9 @@ class DeLoRA(Variant, name="delora"):
         update = linear(linear(x, t["unit A"].to(y.dtype)), t["unit B"].to(y.dtype))
         if self.start == "zero_b":
             return update
-        return update - linear(linear(x, t["unit A start"].to(y.dtype)), t["unit B start"].to(y.dtype))
+        return update - linear(
+            linear(x, t["unit A start"].to(y.dtype)), t["unit B start"].to(y.dtype)
+        )
 
     def macs_per_token(self, site: Site) -> int:
         return (1 if self.start == "zero_b" else 2) * self.r * (site.d_in + site.d_out)

@@ -53,7 +53,9 @@ class DoRA(Variant, name="dora"):
             "A": TensorSpec((self.r, site.d_in), compute="float32"),
             "B": TensorSpec((site.d_out, self.r), compute="float32"),
             "dm": TensorSpec((site.d_out,), decay=False, compute="float32"),
-            "n0": TensorSpec((site.d_out,), trainable=False, derived=True, dtype=precise, compute="float32"),
+            "n0": TensorSpec(
+                (site.d_out,), trainable=False, derived=True, dtype=precise, compute="float32"
+            ),
         }
 
     def derive(self, site: Site) -> dict[str, Tensor]:
@@ -61,8 +63,12 @@ class DoRA(Variant, name="dora"):
         precise = torch.promote_types(w.dtype, torch.float32)
         return {"n0": torch.linalg.vector_norm(w, dim=1, dtype=precise).clamp_min(SMALLEST_NORM)}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(site.d_in)
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(
+            site.d_in
+        )
         return {"A": a, "B": torch.zeros(site.d_out, self.r), "dm": torch.zeros(site.d_out)}
 
     @torch.no_grad()

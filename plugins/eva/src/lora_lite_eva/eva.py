@@ -21,7 +21,16 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
-from lora_lite import CalibrationError, Observer, Rng, Site, Tensors, TensorSpec, Variant, check_rank
+from lora_lite import (
+    CalibrationError,
+    Observer,
+    Rng,
+    Site,
+    Tensors,
+    TensorSpec,
+    Variant,
+    check_rank,
+)
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import dropout, linear, normalize
@@ -59,9 +68,13 @@ class EVA(Variant, name="eva"):
 
     def observe(self, site: Site) -> Observer:
         largest = self._largest_rank(site)
-        return PrincipalDirections(min(max(4 * largest, largest + 32), site.d_in), site.d_in, self.center)
+        return PrincipalDirections(
+            min(max(4 * largest, largest + 32), site.d_in), site.d_in, self.center
+        )
 
-    def specialize(self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]) -> Mapping[str, Variant | None]:
+    def specialize(
+        self, sites: Mapping[str, Site], statistics: Mapping[str, Tensors]
+    ) -> Mapping[str, Variant | None]:
         shares = {}
         for path, found in statistics.items():
             s = found["singular_values"]
@@ -75,13 +88,20 @@ class EVA(Variant, name="eva"):
             shares[path] = (variances / float(found["sum_of_squares"])).tolist()
         if self.rho == 1:
             return {}
-        ranked = sorted(((share, path) for path in shares for share in shares[path]), key=lambda pair: -pair[0])
+        ranked = sorted(
+            ((share, path) for path in shares for share in shares[path]), key=lambda pair: -pair[0]
+        )
         ranks = Counter(path for _, path in ranked[: self.r * len(sites)])
         return {path: self._with_rank(ranks[path]) for path in sites}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         a, s = statistics["directions"][: self.r], statistics["singular_values"][: self.r]
-        return {"A": a / s.sqrt()[:, None] if self.whiten else a, "B": torch.zeros(site.d_out, self.r)}
+        return {
+            "A": a / s.sqrt()[:, None] if self.whiten else a,
+            "B": torch.zeros(site.d_out, self.r),
+        }
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         scale = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
@@ -96,7 +116,9 @@ class EVA(Variant, name="eva"):
     def _with_rank(self, r: int) -> Variant | None:
         """The same variant at another rank, with the same scale; None for rank 0."""
         growth = math.sqrt(r / self.r) if self.rslora else r / self.r
-        return type(self)(**{**self.model_dump(), "r": r, "alpha": self.alpha * growth}) if r else None
+        return (
+            type(self)(**{**self.model_dump(), "r": r, "alpha": self.alpha * growth}) if r else None
+        )
 
 
 class PrincipalDirections:
@@ -121,12 +143,16 @@ class PrincipalDirections:
 
     def result(self) -> dict[str, Tensor]:
         lengths = self.known.norm(dim=1)
-        signs = torch.where(self.known.gather(1, self.known.abs().argmax(1, keepdim=True)) < 0, -1, 1)
+        signs = torch.where(
+            self.known.gather(1, self.known.abs().argmax(1, keepdim=True)) < 0, -1, 1
+        )
         return {
             "directions": signs * normalize(self.known, dim=1),
             "singular_values": lengths,
             "sum_of_squares": torch.tensor(self.sum_of_squares),
-            "norm": torch.tensor(self.sum_of_squares + self.rows * float(self.mean.square().sum())).sqrt(),
+            "norm": torch.tensor(
+                self.sum_of_squares + self.rows * float(self.mean.square().sum())
+            ).sqrt(),
             "rows": torch.tensor(self.rows),
         }
 
@@ -136,7 +162,9 @@ class PrincipalDirections:
         if self.center:
             shift = block.mean(0) - self.mean
             self.mean = self.mean + len(block) / now * shift
-            block = torch.cat([block - block.mean(0), math.sqrt(before * len(block) / now) * shift[None]])
+            block = torch.cat(
+                [block - block.mean(0), math.sqrt(before * len(block) / now) * shift[None]]
+            )
         stacked = torch.cat([self.known, block])
         u = torch.linalg.eigh(stacked @ stacked.T).eigenvectors.flip(1)
         self.known = u[:, : self.kept].T @ stacked

@@ -47,11 +47,18 @@ class HRA(Variant, name="hra"):
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self.r > site.d_in:
-            raise SiteError("r", f"{self.r} reflections are more than d_in={site.d_in}; possible are even r up to d_in")
+            raise SiteError(
+                "r",
+                f"{self.r} reflections are more than d_in={site.d_in}; possible are even r up to d_in",
+            )
         return {"U": TensorSpec((self.r, site.d_in), compute="float32")}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        half = torch.empty(self.r // 2, site.d_in).uniform_(-1, 1, generator=rng("U")) * math.sqrt(2 / self.r)
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        half = torch.empty(self.r // 2, site.d_in).uniform_(-1, 1, generator=rng("U")) * math.sqrt(
+            2 / self.r
+        )
         return {"U": half.repeat_interleave(2, dim=0)}
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:

@@ -28,12 +28,16 @@ class IA3(Variant, name="ia3"):
     acts_on_bias: ClassVar[bool] = True
     # Llama, Qwen, Gemma, OPT, BART, Whisper; BERT, RoBERTa, ViT; DistilBERT; T5. A fused projection holds the queries as well,
     # which the paper does not gate: name it in targets= to gate them all.
-    default_targets: ClassVar[tuple[str, ...]] = (r"(^|\.)(k_proj|v_proj|key|value|k_lin|v_lin|k|v)$",)
+    default_targets: ClassVar[tuple[str, ...]] = (
+        r"(^|\.)(k_proj|v_proj|key|value|k_lin|v_lin|k|v)$",
+    )
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {"e": TensorSpec((site.d_out,))}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {"e": torch.zeros(site.d_out)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -53,7 +57,9 @@ class IA3FF(Variant, name="ia3_ff"):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {"e": TensorSpec((site.d_in,))}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {"e": torch.zeros(site.d_in)}
 
     def delta_input(self, site: Site, t: Tensors, x: Tensor) -> Tensor:

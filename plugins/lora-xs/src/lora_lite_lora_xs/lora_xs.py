@@ -37,7 +37,10 @@ class LoRAXS(Variant, name="lora_xs"):
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         check_rank(self.r, site)
-        specs = {"B": TensorSpec((site.d_out, self.r), trainable=False, derived=True), "R": TensorSpec((self.r, self.r))}
+        specs = {
+            "B": TensorSpec((site.d_out, self.r), trainable=False, derived=True),
+            "R": TensorSpec((self.r, self.r)),
+        }
         if not _from_output(site):
             specs["A"] = TensorSpec((self.r, site.d_in), trainable=False, derived=True)
         return specs
@@ -46,7 +49,9 @@ class LoRAXS(Variant, name="lora_xs"):
         u, s, v = top_r_svd(site.weight(), self.r, self.svd)
         return {"B": u} if _from_output(site) else {"B": u, "A": s[:, None] * v}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {"R": torch.zeros(self.r, self.r)}
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:

@@ -38,8 +38,12 @@ class LoRA(Variant, name="lora"):
         check_rank(self.r, site)
         return {"A": TensorSpec((self.r, site.d_in)), "B": TensorSpec((site.d_out, self.r))}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
-        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(site.d_in)
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
+        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(
+            site.d_in
+        )
         return {"A": a, "B": torch.zeros(site.d_out, self.r)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class PiSSA(Variant, name="pissa"):
         root = (s / self._scale).sqrt()
         return {"A0": root[:, None] * v, "B0": u * root}
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {"dA": torch.zeros(self.r, site.d_in), "dB": torch.zeros(site.d_out, self.r)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:

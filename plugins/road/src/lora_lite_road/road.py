@@ -44,19 +44,36 @@ class ROAD(Variant, name="road"):
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if site.d_out % self.group_size:
-            raise SiteError("group_size", f"{self.group_size} does not divide d_out={site.d_out}{_possible(site.d_out)}")
-        size = {"road_1": site.d_out // 2, "road_2": site.d_out, "road_4": 2 * site.d_out}[self.sharing]
-        return {"theta": TensorSpec((size,), compute="float32"), "alpha_offset": TensorSpec((size,), compute="float32")}
+            raise SiteError(
+                "group_size",
+                f"{self.group_size} does not divide d_out={site.d_out}{_possible(site.d_out)}",
+            )
+        size = {"road_1": site.d_out // 2, "road_2": site.d_out, "road_4": 2 * site.d_out}[
+            self.sharing
+        ]
+        return {
+            "theta": TensorSpec((size,), compute="float32"),
+            "alpha_offset": TensorSpec((size,), compute="float32"),
+        }
 
-    def init(self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng) -> dict[str, Tensor]:
+    def init(
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
+    ) -> dict[str, Tensor]:
         return {name: torch.zeros(spec.shape) for name, spec in self.tensors(site).items()}
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
-        pairs = (site.d_out // self.group_size, 1 if self.sharing == "road_1" else 2, self.group_size // 2)
+        pairs = (
+            site.d_out // self.group_size,
+            1 if self.sharing == "road_1" else 2,
+            self.group_size // 2,
+        )
         theta_c, theta_t = self._for_c_and_t(t["theta"])
         offset_c, offset_t = self._for_c_and_t(t["alpha_offset"])
         c_minus_1 = offset_c * torch.cos(theta_c) - 2 * torch.sin(theta_c / 2) ** 2
-        return {"c - 1": c_minus_1.reshape(pairs), "t": ((1 + offset_t) * torch.sin(theta_t)).reshape(pairs)}
+        return {
+            "c - 1": c_minus_1.reshape(pairs),
+            "t": ((1 + offset_t) * torch.sin(theta_t)).reshape(pairs),
+        }
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         pairs = y.reshape(*y.shape[:-1], site.d_out // self.group_size, 2, self.group_size // 2)
@@ -75,4 +92,8 @@ class ROAD(Variant, name="road"):
 def _possible(d_out: int) -> str:
     """The largest group sizes that fit, for an error."""
     fitting = [g for g in range(2, d_out + 1, 2) if d_out % g == 0]
-    return f"; possible are {', '.join(map(str, fitting))}" if fitting else ", which is odd: outputs cannot be paired"
+    return (
+        f"; possible are {', '.join(map(str, fitting))}"
+        if fitting
+        else ", which is odd: outputs cannot be paired"
+    )

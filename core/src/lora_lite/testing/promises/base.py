@@ -14,7 +14,13 @@ from lora_lite.testing.case import Case
 from lora_lite.testing.compare import same
 from lora_lite.testing.promise import promise
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+)
 
 
 @promise(examples=8, waivable=False)
@@ -48,9 +54,15 @@ def base_is_untouched(case: Case) -> None:
         _unwritten(model, weights, "load")
     again.detach()
     after = snapshot(model)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags, "requires_grad differs after detach"
-    assert after.keys() == before.keys(), f"left behind: {after.keys() - before.keys()}, lost: {before.keys() - after.keys()}"
-    changed = [f"{key}: {before[key]} -> {after[key]}" for key in before if after[key] != before[key]]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags, (
+        "requires_grad differs after detach"
+    )
+    assert after.keys() == before.keys(), (
+        f"left behind: {after.keys() - before.keys()}, lost: {before.keys() - after.keys()}"
+    )
+    changed = [
+        f"{key}: {before[key]} -> {after[key]}" for key in before if after[key] != before[key]
+    ]
     assert not changed, f"after detach: {'; '.join(changed)}"
     _unwritten(model, weights, "detach")
     same(model(x).detach(), output, "the model's output after detach")
@@ -69,6 +81,14 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         seen[f"{path}: class and mode"] = (type(module), module.training)
         seen[f"{path}: attributes"] = sorted(module.__dict__)
         seen |= {f"{path}: {hooks}": list(getattr(module, hooks)) for hooks in HOOKS}
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            seen[f"{path}.{name}: identity, version, flag"] = (id(tensor), tensor._version, tensor.requires_grad, tensor.dtype)
+        for name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            seen[f"{path}.{name}: identity, version, flag"] = (
+                id(tensor),
+                tensor._version,
+                tensor.requires_grad,
+                tensor.dtype,
+            )
     return seen

@@ -29,7 +29,9 @@ def every_batch_of_calibration_counts(case: Case) -> None:
         return
     for left_out in range(3):
         tries = (_ignored(case, left_out, 3 * attempt) for attempt in range(TRIES))
-        assert not all(tries), f"the statistics of three batches are, to the bit, those without batch {left_out}"
+        assert not all(tries), (
+            f"the statistics of three batches are, to the bit, those without batch {left_out}"
+        )
 
 
 @promise(examples=2)
@@ -58,7 +60,9 @@ def _ignored(case: Case, left_out: int, seed: int) -> bool:
     batches = [case.inputs(ROWS, seed=seed + i) * (3 if i == left_out else 1) for i in range(3)]
     whole = _observed(case, batches).result()
     rest = _observed(case, [batch for i, batch in enumerate(batches) if i != left_out]).result()
-    return whole.keys() == rest.keys() and all(torch.equal(rest[name], value) for name, value in whole.items())
+    return whole.keys() == rest.keys() and all(
+        torch.equal(rest[name], value) for name, value in whole.items()
+    )
 
 
 @torch.no_grad()
@@ -80,5 +84,9 @@ def _bytes_after(case: Case, number: int) -> int:
     """Bytes of all tensors that are alive after so many batches, before the result is asked for."""
     _observer = _observed(case, (case.inputs(ROWS, seed=seed) for seed in range(number)))
     gc.collect()
-    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) is Tensor and o.device.type == "cpu"]
+    storages = [
+        o.untyped_storage()
+        for o in gc.get_objects()
+        if type(o) is Tensor and o.device.type == "cpu"
+    ]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

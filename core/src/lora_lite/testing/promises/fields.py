@@ -25,7 +25,9 @@ def fits_most_draws(variant: type[Variant], attempts: Sequence[Case | Refusal]) 
     by `fields` strategies of one point.
     """
     refusals = [attempt for attempt in attempts if isinstance(attempt, Refusal)]
-    shown = "".join(f"\n  {r.fields} at {r.shape[0]} -> {r.shape[1]}: {r.reason.strip()}" for r in refusals[:5])
+    shown = "".join(
+        f"\n  {r.fields} at {r.shape[0]} -> {r.shape[1]}: {r.reason.strip()}" for r in refusals[:5]
+    )
     share = len(refusals) / len(attempts)
     assert share <= 0.8, (
         f"{variant.name!r} refuses {len(refusals)} of {len(attempts)} draws; state the constraints in the fields' types, or "
@@ -59,7 +61,9 @@ def fields_survive_json(case: Case) -> None:
         except ValueError:
             continue
         text = infinite.model_dump_json()
-        assert cls.model_validate_json(text) == infinite, f"{field}=inf is allowed and does not survive JSON: {text}"
+        assert cls.model_validate_json(text) == infinite, (
+            f"{field}=inf is allowed and does not survive JSON: {text}"
+        )
 
 
 @promise(examples=1)

@@ -38,11 +38,16 @@ def save_and_load_are_bitwise(case: Case) -> None:
         fresh = case.model()
         again = ll.load(fresh, file, variant=type(case.variant))
     same(torch.get_rng_state(), before, "the global random state after load")
-    fields, saved = ({path: variant.model_dump_json() for path, variant in a.sites.items()} for a in (again, adapter))
+    fields, saved = (
+        {path: variant.model_dump_json() for path, variant in a.sites.items()}
+        for a in (again, adapter)
+    )
     assert fields == saved, f"the fields of the sites: {fields}, saved: {saved}"
     all_same(again.state_dict(), adapter.state_dict(), "the loaded tensors")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    assert {name: p.requires_grad for name, p in fresh.named_parameters()} == flags, "requires_grad differs after load"
+    assert {name: p.requires_grad for name, p in fresh.named_parameters()} == flags, (
+        "requires_grad differs after load"
+    )
     with torch.no_grad():
         same(fresh(x), expected, "the output after loading")
 
@@ -61,7 +66,9 @@ def another_process_loads_the_same(case: Case) -> None:
         adapter.save(Path(folder) / "adapter.safetensors")
         cls = type(case.variant)
         module = sys.modules[cls.__module__]
-        assert "<locals>" not in cls.__qualname__, f"{cls.__qualname__} is defined inside a function; define it in a module"
+        assert "<locals>" not in cls.__qualname__, (
+            f"{cls.__qualname__} is defined inside a function; define it in a module"
+        )
         (Path(folder) / "case.pickle").write_bytes(pickle.dumps(case))
         arguments = [folder, cls.__module__, getattr(module, "__file__", None) or ""]
         found = subprocess.run(
@@ -69,7 +76,11 @@ def another_process_loads_the_same(case: Case) -> None:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "7"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "PYTHONHASHSEED": "7",
+            },
         )
         assert found.returncode == 0, f"the other process failed:\n{found.stderr}"
         output = torch.load(Path(folder) / "output.pt")

@@ -28,13 +28,17 @@ def output_is_of_the_bases_kind(case: Case) -> None:
         base = _plain(case)(x)
         y = layer(x)
         got, expected = (y.dtype, y.device, y.shape), (base.dtype, base.device, base.shape)
-        assert got == expected, f"output of the adapted layer: {got}, of the base: {expected} (parameters in {kept})"
+        assert got == expected, (
+            f"output of the adapted layer: {got}, of the base: {expected} (parameters in {kept})"
+        )
         assert bool(torch.isfinite(y).all()), f"output is not finite: {y}"
         y.float().square().mean().backward()
         for name, p in layer.named_parameters():
             if p.grad is not None:
                 assert p.grad.dtype == p.dtype, f"{name} is {p.dtype}, its gradient {p.grad.dtype}"
-                assert bool(torch.isfinite(p.grad).all()), f"the gradient of {name} is not finite: {p.grad}"
+                assert bool(torch.isfinite(p.grad).all()), (
+                    f"the gradient of {name} is not finite: {p.grad}"
+                )
 
 
 @promise(examples=10)
@@ -56,27 +60,44 @@ def gradients_agree_with_finite_differences(case: Case) -> None:
 
     def tensors(*parameters: Tensor) -> dict[str, Tensor]:
         now = {**stored, **dict(zip(trainable, parameters, strict=True))}
-        return {name.removeprefix("lora_default_"): _cast(t, torch.float64) for name, t in now.items()}
+        return {
+            name.removeprefix("lora_default_"): _cast(t, torch.float64) for name, t in now.items()
+        }
 
     with torch.no_grad():
         t = tensors(*values)
-        held = {name: value for name, value in _prepared(variant, site, t).items() if name in variant.detached}
+        held = {
+            name: value
+            for name, value in _prepared(variant, site, t).items()
+            if name in variant.detached
+        }
         moved = _prepared(variant, site, tensors(*(1.1 * value + 0.1 for value in values)))
     for name, value in held.items():
-        assert not torch.equal(moved[name], value), f"{name} is listed in `detached`, yet it depends on no parameter"
+        assert not torch.equal(moved[name], value), (
+            f"{name} is listed in `detached`, yet it depends on no parameter"
+        )
 
     def by_methods(x: Tensor, *parameters: Tensor) -> Tensor:
         t = tensors(*parameters)
         return _forward(variant, site, {**t, **_prepared(variant, site, t), **held}, x)
 
     def by_hooks(x: Tensor, *parameters: Tensor) -> Tensor:
-        y: Tensor = functional_call(model.layer, dict(zip(trainable, parameters, strict=True)), (x,))
+        y: Tensor = functional_call(
+            model.layer, dict(zip(trainable, parameters, strict=True)), (x,)
+        )
         return y
 
-    close(by_hooks(x, *values), by_methods(x, *values), "the hooked layer against prepare and deltas, called by hand")
+    close(
+        by_hooks(x, *values),
+        by_methods(x, *values),
+        "the hooked layer against prepare and deltas, called by hand",
+    )
     weights = case.but(d_in=site.d_out).inputs(2, 2, seed=5)
     names = ["x", *trainable]
-    hooked, plain = _gradients(by_hooks, x, values, weights), _gradients(by_methods, x, values, weights)
+    hooked, plain = (
+        _gradients(by_hooks, x, values, weights),
+        _gradients(by_methods, x, values, weights),
+    )
     for name, one, other in zip(names, hooked, plain, strict=True):
         close(one, other, f"gradient by {name} of the hooked layer, against that of the methods")
     _check_gradients(by_methods, x, values, names)
@@ -95,12 +116,22 @@ def batch_is_its_rows_and_sequence_its_tokens(case: Case) -> None:
     with torch.no_grad():
         whole = layer(x)
         close(torch.stack([layer(row) for row in x]), whole, "rows one by one, against the batch")
-        close(torch.cat([layer(x[:, i : i + 1]) for i in range(4)], 1), whole, "tokens one by one, against the sequence")
-        close(layer(x.reshape(-1, case.d_in)).reshape(whole.shape), whole, "x of two dimensions, against three")
+        close(
+            torch.cat([layer(x[:, i : i + 1]) for i in range(4)], 1),
+            whole,
+            "tokens one by one, against the sequence",
+        )
+        close(
+            layer(x.reshape(-1, case.d_in)).reshape(whole.shape),
+            whole,
+            "x of two dimensions, against three",
+        )
         close(layer(x[0, 0]), whole[0, 0], "x of one dimension, against three")
         close(layer(x[None]), whole[None], "x of four dimensions, against three")
         if case.kind == "Linear":  # Conv1D itself takes contiguous x alone
-            close(layer(x.transpose(0, 1)).transpose(0, 1), whole, "x with swapped leading dimensions")
+            close(
+                layer(x.transpose(0, 1)).transpose(0, 1), whole, "x with swapped leading dimensions"
+            )
 
 
 @promise(examples=8)
@@ -132,9 +163,13 @@ def bias_goes_through(case: Case) -> None:
     x = torch.zeros(2, 3, case.d_in, dtype=torch.float64)
     with torch.no_grad():
         if case.variant.acts_on_bias:
-            differs(layer(x), plain(x), "acts_on_bias is True; the output at x = 0, against the bias")
+            differs(
+                layer(x), plain(x), "acts_on_bias is True; the output at x = 0, against the bias"
+            )
         else:
-            close(layer(x), plain(x), "acts_on_bias is False; the output at x = 0, against the bias")
+            close(
+                layer(x), plain(x), "acts_on_bias is False; the output at x = 0, against the bias"
+            )
 
 
 @promise(examples=6)
@@ -148,15 +183,24 @@ def computes_where_its_tensors_are(case: Case) -> None:
     model = case.model()
     adapter = case.trained(model, layers=0)
     path, variant = next(iter(adapter.sites.items()))
-    t = {name: value.to("meta") for name, value in _read(variant, case.sites(model)[path], model.layer).items()}
+    t = {
+        name: value.to("meta")
+        for name, value in _read(variant, case.sites(model)[path], model.layer).items()
+    }
     x, y = case.inputs(2, 3).to("meta"), case.but(d_in=case.d_out).inputs(2, 3).to("meta")
     site = case.sites(model.to("meta"))[path]
     with torch.no_grad():
         prepared = _prepared(variant, site, t)
         deltas = _deltas(variant, site, {**t, **prepared}, x, y)
     found = {**prepared, "Δx": deltas[0], "Δy": deltas[1]}
-    elsewhere = {name: str(value.device) for name, value in found.items() if value is not None and not value.is_meta}
-    assert not elsewhere, f"of arguments on the device meta, these were computed elsewhere: {elsewhere}"
+    elsewhere = {
+        name: str(value.device)
+        for name, value in found.items()
+        if value is not None and not value.is_meta
+    }
+    assert not elsewhere, (
+        f"of arguments on the device meta, these were computed elsewhere: {elsewhere}"
+    )
 
 
 @promise(examples=8)
@@ -177,7 +221,9 @@ def works_under_autocast(case: Case) -> None:
     close(y.detach().float(), expected, "under autocast, against float32", tolerance=0.1)
     y.float().square().mean().backward()
     for name, p in layer.named_parameters():
-        assert p.grad is None or p.grad.dtype == p.dtype, f"{name} is {p.dtype}, its gradient under autocast {p.grad.dtype}"
+        assert p.grad is None or p.grad.dtype == p.dtype, (
+            f"{name} is {p.dtype}, its gradient under autocast {p.grad.dtype}"
+        )
 
 
 @promise(examples=8)
@@ -232,7 +278,11 @@ def deltas_write_nothing(case: Case) -> None:
             _deltas(variant, site, {**t, **prepared}, x, y)
             all_same(prepared, kept, "prepared tensors after a delta")
     variant.penalty(site, t)
-    all_same({name: value.detach() for name, value in inputs.items()}, before, "arguments after prepare and deltas")
+    all_same(
+        {name: value.detach() for name, value in inputs.items()},
+        before,
+        "arguments after prepare and deltas",
+    )
 
 
 @promise(examples=6)
@@ -273,7 +323,10 @@ def _read(variant: Variant, site: Site, layer: nn.Module) -> dict[str, Tensor]:
     """An adapter's tensors as its deltas get them: cast as `TensorSpec.compute` says."""
     dtypes = {"activation": site.dtype, "float32": torch.promote_types(site.dtype, torch.float32)}
     specs = variant.tensors(site)
-    return {name: _cast(layer.get_parameter(f"lora_default_{name}"), dtypes[spec.compute]) for name, spec in specs.items()}
+    return {
+        name: _cast(layer.get_parameter(f"lora_default_{name}"), dtypes[spec.compute])
+        for name, spec in specs.items()
+    }
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,11 +337,21 @@ def _prepared(variant: Variant, site: Site, t: Tensors) -> dict[str, Tensor]:
     return variant.prepare(site, t, **_scale(variant))
 
 
-def _deltas(variant: Variant, site: Site, t: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _deltas(
+    variant: Variant, site: Site, t: Tensors, x: Tensor, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """(Δx, Δy), None where the variant has no such delta."""
     cls = type(variant)
-    before = variant.delta_input(site, t, x, **_scale(variant)) if cls.delta_input is not Variant.delta_input else None
-    after = variant.delta_output(site, t, x, y, **_scale(variant)) if cls.delta_output is not Variant.delta_output else None
+    before = (
+        variant.delta_input(site, t, x, **_scale(variant))
+        if cls.delta_input is not Variant.delta_input
+        else None
+    )
+    after = (
+        variant.delta_output(site, t, x, y, **_scale(variant))
+        if cls.delta_output is not Variant.delta_output
+        else None
+    )
     return before, after
 
 
@@ -307,15 +370,23 @@ def _scale(variant: Variant) -> dict[str, float]:
     return {"scale": 1.0} if variant.takes_scale else {}
 
 
-def _gradients(function: Callable[..., Tensor], x: Tensor, values: list[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad((function(x, *values) * weights).sum(), [x, *values], materialize_grads=True)
+def _gradients(
+    function: Callable[..., Tensor], x: Tensor, values: list[Tensor], weights: Tensor
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        (function(x, *values) * weights).sum(), [x, *values], materialize_grads=True
+    )
 
 
-def _check_gradients(function: Callable[..., Tensor], x: Tensor, values: list[Tensor], names: list[str]) -> None:
+def _check_gradients(
+    function: Callable[..., Tensor], x: Tensor, values: list[Tensor], names: list[str]
+) -> None:
     for index, name in enumerate(names):
         inputs = [x.detach(), *(value.detach() for value in values)]
         inputs[index] = inputs[index].clone().requires_grad_()
         try:
             torch.autograd.gradcheck(function, inputs, atol=1e-5, rtol=1e-4)
         except RuntimeError as error:
-            raise AssertionError(f"the gradient by {name} disagrees with finite differences: {error}") from None
+            raise AssertionError(
+                f"the gradient by {name} disagrees with finite differences: {error}"
+            ) from None

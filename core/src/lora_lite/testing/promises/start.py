@@ -72,8 +72,16 @@ def only_declared_tensors_appear(case: Case) -> None:
     for path, variant in adapter.sites.items():
         site = case.sites(model)[path]
         for name, spec in variant.tensors(site).items():
-            expected[f"{path}.lora_mine_{name}"] = (spec.shape, _stored_dtype(spec, case.dtype), spec.trainable)
-    found = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters() if ".lora_mine_" in name}
+            expected[f"{path}.lora_mine_{name}"] = (
+                spec.shape,
+                _stored_dtype(spec, case.dtype),
+                spec.trainable,
+            )
+    found = {
+        name: (tuple(p.shape), p.dtype, p.requires_grad)
+        for name, p in model.named_parameters()
+        if ".lora_mine_" in name
+    }
     assert found == expected, f"on the model: {found}; declared: {expected}"
     model(case.inputs(2, 3)).float().square().mean().backward()
     adapter.project()
@@ -106,7 +114,9 @@ def parameters_are_as_counted(case: Case) -> None:
         planned, empty = ll.plan(model, case.variant, targets=TARGETS), case.plan()
         told = [(p.parameters, p.macs_per_token, p.macs_per_forward) for p in (planned, empty)]
         told.append((adapter.num_parameters, adapter.macs_per_token, adapter.macs_per_forward))
-        assert len(set(told)) == 1, f"(parameters, MACs a token, MACs a forward) by plan, plan on meta, adapter: {told}"
+        assert len(set(told)) == 1, (
+            f"(parameters, MACs a token, MACs a forward) by plan, plan on meta, adapter: {told}"
+        )
 
 
 @promise(examples=8)
@@ -121,16 +131,25 @@ def start_depends_on_seed_path_and_name_alone(case: Case) -> None:
     first = case.attach(case.model())
     torch.manual_seed(2)
     model = case.model()
-    parts = [case.attach(model, name=name, layers=block) for name, block in (("one", 1), ("zero", 0))]
-    state, again = first.state_dict(), {k: v for part in parts for k, v in part.state_dict().items()}
+    parts = [
+        case.attach(model, name=name, layers=block) for name, block in (("one", 1), ("zero", 0))
+    ]
+    state, again = (
+        first.state_dict(),
+        {k: v for part in parts for k, v in part.state_dict().items()},
+    )
     sites = {path: variant for part in parts for path, variant in part.sites.items()}
     alike = {k: v for k, v in state.items() if sites.get(_path(k)) == first.sites[_path(k)]}
     all_same({k: v for k, v in again.items() if k in alike}, alike, "start values of the same seed")
     drawn = _drawn(case)
     if drawn:
         other = case.attach(case.model(), seed=case.seed + 1).state_dict()
-        unmoved = other.keys() == state.keys() and all(torch.equal(other[k], v) for k, v in state.items())
-        assert not unmoved, f"init draws {sorted(drawn)}, yet seeds {case.seed} and {case.seed + 1} start the same"
+        unmoved = other.keys() == state.keys() and all(
+            torch.equal(other[k], v) for k, v in state.items()
+        )
+        assert not unmoved, (
+            f"init draws {sorted(drawn)}, yet seeds {case.seed} and {case.seed + 1} start the same"
+        )
 
 
 @promise(examples=6)
@@ -175,7 +194,12 @@ def derived_tensors_come_again(case: Case) -> None:
             with OtherSigns(first):
                 other_signs = case.variant.derive(site)
             for name, value in other_signs.items():
-                close(value, derived[name], f"{name}, derived with other signs of a decomposition", tolerance=1e-6)
+                close(
+                    value,
+                    derived[name],
+                    f"{name}, derived with other signs of a decomposition",
+                    tolerance=1e-6,
+                )
 
 
 @promise(examples=2)
@@ -200,7 +224,9 @@ def adapter_is_freed(case: Case) -> None:
     del model, adapter
     gc.collect()
     held = sum(ref() is not None for ref in gone)
-    assert not held, f"{held} of {len(gone)} modules of a deleted model with an adapter are still held"
+    assert not held, (
+        f"{held} of {len(gone)} modules of a deleted model with an adapter are still held"
+    )
 
 
 class OtherSigns(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -238,7 +264,11 @@ def _names(model: torch.nn.Module) -> set[str]:
     """Parameters, buffers and attributes of every module, hooks aside."""
     found = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     for path, module in model.named_modules():
-        found |= {f"{path}.{attribute} (attribute)" for attribute in module.__dict__ if attribute != "_lora_lite"}
+        found |= {
+            f"{path}.{attribute} (attribute)"
+            for attribute in module.__dict__
+            if attribute != "_lora_lite"
+        }
     return found
 
 

@@ -67,7 +67,11 @@ def adapters_add_up_in_any_order(case: Case) -> None:
             with second.disabled():
                 base = layer(x)
         if not _has_both_deltas(case.variant):
-            close(y - base, (a - base) + (b - base), "the change by both, against the sum of each one's")
+            close(
+                y - base,
+                (a - base) + (b - base),
+                "the change by both, against the sum of each one's",
+            )
         first.detach()
         same(layer(x), b, "after detaching one, against the other alone")
 
@@ -117,4 +121,6 @@ def _is_linear_in_scale(case: Case) -> bool:
 def _has_both_deltas(variant: Variant) -> bool:
     """Output deltas see the changed input: then the changes of an output do not simply add up."""
     cls = type(variant)
-    return cls.delta_input is not Variant.delta_input and cls.delta_output is not Variant.delta_output
+    return (
+        cls.delta_input is not Variant.delta_input and cls.delta_output is not Variant.delta_output
+    )

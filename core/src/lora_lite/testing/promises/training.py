@@ -32,14 +32,20 @@ def every_parameter_learns_and_nothing_else(case: Case) -> None:
         _backward(model, case.inputs(4, 3, seed=step))
         for name, p in adapter.named_parameters():
             assert p.grad is not None, f"{name} got no gradient in step {step + 1}"
-            assert bool(torch.isfinite(p.grad).all()), f"the gradient of {name} is not finite in step {step + 1}: {p.grad}"
+            assert bool(torch.isfinite(p.grad).all()), (
+                f"the gradient of {name} is not finite in step {step + 1}: {p.grad}"
+            )
             reached |= {name} if bool(p.grad.any()) else set()
         optimizer.step()
     adapted = {id(p) for p in adapter.parameters()}
-    others = [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in adapted]
+    others = [
+        name for name, p in model.named_parameters() if p.grad is not None and id(p) not in adapted
+    ]
     assert not others, f"these are not the adapter's parameters and got a gradient: {others}"
     unreached = sorted(start.keys() - reached)
-    assert not unreached, f"the gradient is exactly zero in each of the first {STEPS} steps for {unreached}"
+    assert not unreached, (
+        f"the gradient is exactly zero in each of the first {STEPS} steps for {unreached}"
+    )
     unmoved = [name for name, p in adapter.named_parameters() if torch.equal(p, start[name])]
     assert not unmoved, f"after {STEPS} steps of AdamW these are what they were: {unmoved}"
 
@@ -62,7 +68,9 @@ def learns_what_it_can_express(case: Case) -> None:
         runs[lr] = _fit(case, x, target, lr)
         if runs[lr][-1] < runs[lr][0] / 3:
             return
-    told = ", ".join(f"from {losses[0]:.3g} to {min(losses):.3g} at lr {lr}" for lr, losses in runs.items())
+    told = ", ".join(
+        f"from {losses[0]:.3g} to {min(losses):.3g} at lr {lr}" for lr, losses in runs.items()
+    )
     raise AssertionError(f"in 80 steps of Adam, the mean square error fell {told}")
 
 
@@ -87,18 +95,29 @@ def project_and_penalty_are_sound(case: Case) -> None:
         close(value, once[name], f"{name}: project, once more")
     for path, variant in adapter.sites.items():
         layer = model.get_submodule(path)
-        t = {name: layer.get_parameter(f"lora_default_{name}") for name in variant.tensors(case.sites(model)[path])}
+        t = {
+            name: layer.get_parameter(f"lora_default_{name}")
+            for name in variant.tensors(case.sites(model)[path])
+        }
         given = dict(t)
         with torch.no_grad():
             variant.project(case.sites(model)[path], given)
         replaced = [name for name in t if given.get(name) is not t[name]]
-        assert not replaced, f"project puts other tensors under {replaced}; a parameter changes in place alone, as by clamp_()"
+        assert not replaced, (
+            f"project puts other tensors under {replaced}; a parameter changes in place alone, as by clamp_()"
+        )
         penalty = variant.penalty(case.sites(model)[path], t)
         if penalty is not None:
-            assert not penalty.ndim, f"the penalty has shape {list(penalty.shape)}, expected a scalar"
+            assert not penalty.ndim, (
+                f"the penalty has shape {list(penalty.shape)}, expected a scalar"
+            )
             assert bool(torch.isfinite(penalty)), f"the penalty is {penalty}"
-            gradients = torch.autograd.grad(penalty, [p for p in t.values() if p.requires_grad], allow_unused=True)
-            assert any(g is not None and bool(g.any()) for g in gradients), f"the penalty {float(penalty)} has no gradient"
+            gradients = torch.autograd.grad(
+                penalty, [p for p in t.values() if p.requires_grad], allow_unused=True
+            )
+            assert any(g is not None and bool(g.any()) for g in gradients), (
+                f"the penalty {float(penalty)} has no gradient"
+            )
 
 
 @promise(examples=6)
@@ -118,7 +137,11 @@ def accumulated_gradients_add_up(case: Case) -> None:
     for row in x:
         _backward(model, row[None])
     for name, p in adapter.named_parameters():
-        close(_gradient(p), whole[name], f"{name}: gradients of the rows, added up, against the batch's")
+        close(
+            _gradient(p),
+            whole[name],
+            f"{name}: gradients of the rows, added up, against the batch's",
+        )
 
 
 @promise(examples=4)

@@ -54,7 +54,9 @@ def checkpointing_changes_nothing(case: Case) -> None:
     adapter = case.trained(model)
     plain = _outputs_and_gradients(model, adapter, x)
     model.checkpointing = True
-    for (name, value), expected in zip(_outputs_and_gradients(model, adapter, x).items(), plain.values(), strict=True):
+    for (name, value), expected in zip(
+        _outputs_and_gradients(model, adapter, x).items(), plain.values(), strict=True
+    ):
         close(value, expected, f"{name} with checkpointing, against without")
 
 
@@ -87,10 +89,14 @@ def compiles_whole_and_once(case: Case) -> None:
             for _ in range(2):
                 _outputs_and_gradients(compiled, adapter, x)
                 optimizer.step()
-            adapter.load_state_dict({name: value * 1 for name, value in adapter.state_dict().items()})
+            adapter.load_state_dict(
+                {name: value * 1 for name, value in adapter.state_dict().items()}
+            )
             move(adapter, 0.1, 5)
             close(compiled(x).detach(), model(x).detach(), "compiled after a swap, against eager")
-        assert backend.frame_count == graphs, f"{backend.frame_count - graphs} compilations after steps and a swap"
+        assert backend.frame_count == graphs, (
+            f"{backend.frame_count - graphs} compilations after steps and a swap"
+        )
     finally:
         torch._dynamo.reset()
 
@@ -101,7 +107,9 @@ def _is_a_copy(case: Case, model: Tower, twin: Tower, x: Tensor, what: str) -> N
         same(twin(x), expected, f"the output of {what}")
         found = ll.adapters(twin)
         assert list(found) == ["default"], f"ll.adapters of {what}: {list(found)}"
-        assert list(found["default"].sites) == list(ll.adapters(model)["default"].sites), f"the sites of {what} differ"
+        assert list(found["default"].sites) == list(ll.adapters(model)["default"].sites), (
+            f"the sites of {what} differ"
+        )
         move(found["default"], 0.3, 9)
         differs(twin(x), expected, f"{what} with other parameters")
         same(model(x), expected, f"the original after {what} was changed")
@@ -110,11 +118,17 @@ def _is_a_copy(case: Case, model: Tower, twin: Tower, x: Tensor, what: str) -> N
         same(model(x), expected, f"the original after {what} lost its adapter")
 
 
-def _outputs_and_gradients(model: Callable[[Tensor], Tensor], adapter: ll.Adapter, x: Tensor) -> dict[str, Tensor]:
+def _outputs_and_gradients(
+    model: Callable[[Tensor], Tensor], adapter: ll.Adapter, x: Tensor
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
     for p in adapter.parameters():
         p.grad = None
     y = model(x)
     torch.autograd.backward(y.float().square().mean())
-    gradients = {f"gradient of {name}": p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+    gradients = {
+        f"gradient of {name}": p.grad
+        for name, p in adapter.named_parameters()
+        if p.grad is not None
+    }
     return {"output": y.detach(), **{name: g.clone() for name, g in gradients.items()}}

@@ -1,0 +1,25 @@
+"""What the author of a variant or of a layer kind needs, in one namespace.
+
+from lora_lite.author import Rng, Site, Tensors, TensorSpec, Variant
+"""
+
+from lora_lite.errors import CalibrationError, LayerKindError, SiteError
+from lora_lite.layers import LayerKind
+from lora_lite.linalg import check_rank, top_r_svd
+from lora_lite.variant import Observer, Rng, ScaledVariant, Site, Tensors, TensorSpec, Variant
+
+__all__ = [
+    "CalibrationError",
+    "LayerKind",
+    "LayerKindError",
+    "Observer",
+    "Rng",
+    "ScaledVariant",
+    "Site",
+    "SiteError",
+    "TensorSpec",
+    "Tensors",
+    "Variant",
+    "check_rank",
+    "top_r_svd",
+]

@@ -21,7 +21,7 @@ from lora_lite.placements import Placement
 from lora_lite.registry import CHANGING, remove
 from lora_lite.saving import write_adapter
 from lora_lite.site import Site
-from lora_lite.state import refuse_overflow, unpack
+from lora_lite.state import flat, refuse_overflow, unpack
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.unfit import refuse_shards, refuse_wrapped
 from lora_lite.variant import Variant
@@ -92,8 +92,9 @@ class Adapter:
 
     def _share(self) -> float:
         """What part of the model's weights its layers hold, in per cent."""
-        layers = find_layers(self._root)
-        others = find_others(self._root, layers)
+        modules = list(named_modules(self._root))
+        layers = find_layers(modules)
+        others = find_others(modules, layers)
         total = sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)
         attachments = self._state.attachments.values()
         adapted = sum(each.layer.d_in * each.layer.d_out for each in attachments)
@@ -266,16 +267,15 @@ class Adapter:
             for path, each in attachments.items()
         ]
         values = unpack(placements, {key: whole(value) for key, value in tensors.items()})
-        pairs = []
+        targets: dict[str, nn.Parameter] = {}
         for attachment, site, t in self._each():
             refuse_shards(self.name, site.path, attachment.specs, t)
-            for name, target in t.items():
-                value = values[site.path][name]
-                refuse_overflow(f"{site.path}.{name}", value, value.to(target.dtype))
-                pairs.append((target, value))
+            targets |= {f"{site.path}.{name}": target for name, target in t.items()}
+        cast = {key: value.to(targets[key].dtype) for key, value in flat(values).items()}
+        refuse_overflow(cast)
         with torch.no_grad():
-            for target, value in pairs:
-                overwrite(target, value)
+            for key, target in targets.items():
+                overwrite(target, cast[key])
 
     def save(self, path: FilePath, *, derived: bool = True) -> None:
         """Write the adapter to a file of safetensors, atomically.

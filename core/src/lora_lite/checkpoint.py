@@ -24,8 +24,8 @@ from lora_lite.placements import Placement, place
 from lora_lite.plugins import kind_of, variant_class
 from lora_lite.recipe import Recipe
 from lora_lite.registry import CHANGING, install, open_model, remove
-from lora_lite.state import by_layer, own_copies, unpack
-from lora_lite.unfit import refuse_unfit, refuse_wrapped
+from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
+from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
 from lora_lite.warn import warn
 
@@ -105,6 +105,7 @@ def load(
         tensors = {**tensors, **_derive(path, described, placements)}
     unpacked = unpack(placements, tensors, known)
     values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
+    refuse_overflow(flat(values))
 
     # 4. onto the model
     recipe = Recipe(tuple(dict.fromkeys(variants.values())))
@@ -114,8 +115,8 @@ def load(
     modules = {placement.path: placement.module for placement in placements}
     try:
         CHANGING.acquire()
-        refuse_unfit(root, placements, name)  # no other thread can come between now
-        open_model(root, find_layers(root))
+        refuse_taken_name(root, name)  # no other thread can come between now
+        open_model(root, find_layers(list(named_modules(root))))
         install(root, state, placements, values)
         adapter = Adapter(root, state, modules)
         CHANGING.release()

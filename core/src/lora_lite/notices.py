@@ -85,6 +85,8 @@ def _unfrozen_by_hand(
     root: nn.Module, trainable: Mapping[str, bool], chosen: set[str], heads: Sequence[str]
 ) -> list[str]:
     """The parameters that were trainable, if they were a small part of a frozen model."""
+    if all(trainable.values()):
+        return []
     sizes = {
         plain_path(name): parameter.numel()
         for name, parameter in root.named_parameters()

@@ -50,7 +50,8 @@ class Registry:
     def __init__(self, root: nn.Module) -> None:
         self.adapters: dict[str, AdapterState] = {}
         self.entered: dict[str, LayerKind] = {}
-        self.trainable = {plain_path(n): p.requires_grad for n, p in root.named_parameters()}
+        parameters = root.named_parameters()
+        self.trainable = {plain_path(name): p.requires_grad for name, p in parameters}
         self.statistics = running_statistics(root)
 
     def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
@@ -88,14 +89,15 @@ def adapted_root(model: nn.Module) -> nn.Module:
     root = root_of(model)
     if registry_of(root):
         return root
-    found = [module for module in root.modules() if registry_of(module)]
+    modules = list(root.modules())
+    found = [module for module in modules if KEY in module.__dict__]
     if len(found) > 1:
         raise AdapterError(
             f"adapters were attached through {len(found)} modules of this model",
             details=[type(module).__name__ for module in found],
             fix="Call this with one of these modules, or detach all adapters but those of one",
         )
-    if not found and any(hooks_of(module) for module in root.modules()):
+    if not found and any(hooks_of(module) for module in modules):
         raise AdapterError(
             f"this {type(root).__name__} is a part of the model through which its adapters were "
             "attached",

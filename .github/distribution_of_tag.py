@@ -31,10 +31,10 @@ def distributions(root: Path) -> dict[str, tuple[Path, str]]:
 
 
 def field(project: str, name: str) -> str:
-    """A string of a pyproject.toml that stands on a line of its own. (Python 3.10 has no tomllib.)"""
+    """A string of a pyproject.toml that is on a line of its own. (Python 3.10 has no tomllib.)"""
     line = re.search(rf'^{name} = "(.*)"$', project, re.MULTILINE)
     if line is None:
-        raise TagError(f"a pyproject.toml has no line {name} = \"…\"")
+        raise TagError(f'a pyproject.toml has no line {name} = "…"')
     return line[1]
 
 
@@ -42,7 +42,8 @@ def folder_of(tag: str, root: Path = ROOT) -> Path:
     """The folder to build for a tag.
 
     Raises:
-        TagError: the tag is misspelt, names no distribution, or not the version in its pyproject.toml.
+        TagError: the tag is misspelt, names no distribution, or has not the version of its
+            pyproject.toml.
     """
     match = TAG.fullmatch(tag)
     if match is None:
@@ -50,18 +51,21 @@ def folder_of(tag: str, root: Path = ROOT) -> Path:
     known = distributions(root)
     if match["name"] not in known:
         names = ", ".join(sorted(known))
-        raise TagError(f"the tag {tag!r} names no distribution of this repository; there are {names}")
+        raise TagError(
+            f"the tag {tag!r} names no distribution of this repository; there are {names}"
+        )
     folder, version = known[match["name"]]
     if version != match["version"]:
         raise TagError(
-            f"the tag {tag!r} says version {match['version']}, but {folder.relative_to(root)}/pyproject.toml "
-            f"says {version}; raise the version there first, or correct the tag"
+            f"the tag {tag!r} says version {match['version']}, but the pyproject.toml of "
+            f"{match['name']} says {version}; raise the version there first, or correct the tag"
         )
     return folder.relative_to(root)
 
 
 if __name__ == "__main__":
     try:
-        print(folder_of(*sys.argv[1:2] or [""]).as_posix())
+        folder = folder_of(sys.argv[1] if len(sys.argv) > 1 else "")
+        sys.stdout.write(f"{folder.as_posix()}\n")
     except TagError as error:
         sys.exit(str(error))

@@ -1,8 +1,8 @@
-"""Hooks of the site's builder: formulas become MathML, links into the code get the repository's address.
+"""Hooks of the site's builder: formulas become MathML, links into the code get an address.
 
-A page writes a formula as `$\\Delta y = B A x$`, or between two lines of `$$`, which code hosts show
-as mathematics as well. It is turned into MathML while the site is built, so that a reader's browser
-needs neither a script nor a font from elsewhere.
+A page writes a formula as `$\\Delta y = B A x$`, or between two lines of `$$`, which code hosts
+show as mathematics as well. It is turned into MathML while the site is built, so that a reader's
+browser needs neither a script nor a font from elsewhere.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from latex2mathml.converter import convert
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
-    from mkdocs.structure.files import Files
-    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,13 +28,13 @@ BLOCK_FORMULA = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>',
 GREEK_CAPITAL = re.compile(r"<mi>(&#x0039[1-9A-F];|&#x003A[0-9];)</mi>")
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put in the results and a plugin's README where a page asks for them, and lead links into the repository to where it is."""
+def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
+    """Put in the results and the READMEs that a page asks for, and complete links into the code."""
 
     def read(found: re.Match[str]) -> str:
         return body_of_readme((ROOT / found[1]).read_text(encoding="utf-8"))
 
-    def lead(found: re.Match[str]) -> str:
+    def complete(found: re.Match[str]) -> str:
         text, path = found.groups()
         if not (ROOT / path).exists():  # a link from one page of the site to another
             return found[0]
@@ -47,10 +45,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if RESULTS in markdown:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         markdown = markdown.replace(RESULTS, site_results.short_table(site_results.results(readme)))
-    return LINK_OUT_OF_THE_DOCS.sub(lead, README_OF_A_PLUGIN.sub(read, markdown))
+    return LINK_OUT_OF_THE_DOCS.sub(complete, README_OF_A_PLUGIN.sub(read, markdown))
 
 
-def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_content(content: str, **_: object) -> str:
     """Turn every formula of the page into MathML."""
     content = BLOCK_FORMULA.sub(
         lambda found: f'<div class="formula">{mathml(found[1], "block")}</div>', content

@@ -1,13 +1,12 @@
-"""The results table of README.md, as a short table for the front page and as docs/assets/results.svg.
+"""The results table of README.md, shortened for the front page and drawn as an SVG picture.
 
-`make docs` runs this file first, so the picture is never older than the table. The picture is plain
-SVG: it is shown on code hosts, where the reader's system chooses light or dark, and inside the site,
-whose style sheet follows the site's own switch.
+`make docs` runs this file first, so the picture is never older than the table. The picture is
+plain SVG. Code hosts show it, where the reader's system chooses light or dark, and so does the
+site, whose style sheet follows the site's own switch.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,19 @@ BAR_END = 500  # 100 %
 PARAMETERS_END = 700
 
 COLUMNS = ("variant", "test %", "test loss", "parameters", "MACs / token", "file kB")
+
+LEGEND = "grey: the model as it is, and all of its weights trained"
+
+STYLE = """<style>
+.results { color: #1f2328; font: 13px system-ui, sans-serif; }
+.results text { fill: currentColor; }
+.results .title { font-weight: 600; font-size: 14px; }
+.results .quiet { opacity: 0.7; }
+.results .adapter { fill: #4f6bed; }
+.results .whole { fill: #9aa1ab; }
+.results .error { stroke: currentColor; stroke-width: 1.5; }
+@media (prefers-color-scheme: dark) { .results { color: #e6edf3; } }
+</style>"""
 
 
 @dataclass(frozen=True)
@@ -70,17 +82,13 @@ def cells(line: str) -> list[str]:
 
 def short_table(rows: list[Result]) -> str:
     """The columns that the front page shows, as a Markdown table."""
+    names = ["method", "right answers, %", "loss", "trainable parameters", "MACs per token"]
     lines = [
-        f"| `{row.name}` | {row.accuracy} | {row.loss} | {row.parameters} | {row.macs} | {row.file} |"
+        [f"`{row.name}`", row.accuracy, row.loss, row.parameters, row.macs, row.file]
         for row in rows
     ]
-    return "\n".join(
-        [
-            "| method | right answers, % | loss | trainable parameters | MACs per token | file, kB |",
-            "|---|---:|---:|---:|---:|---:|",
-            *lines,
-        ]
-    )
+    rule = ["---"] + ["---:"] * len(names)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [[*names, "file, kB"], rule, *lines])
 
 
 def position(percent: float) -> float:
@@ -88,53 +96,43 @@ def position(percent: float) -> float:
     return round(BAR_START + (BAR_END - BAR_START) * percent / 100, 1)
 
 
-def row(result: Result, number: int) -> str:
+def label(text: str, x: float, y: float, kind: str = "", anchor: str = "start") -> str:
+    """A text of the picture."""
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+
+
+def bar(result: Result, number: int) -> list[str]:
     """Name, bar with one standard error, percentage and number of parameters, as SVG."""
     middle = TOP + ROW_HEIGHT * number + ROW_HEIGHT / 2
-    text = middle + 4
+    base_line = middle + 4
     end = position(result.percent)
     low, high = position(result.percent - result.error), position(result.percent + result.error)
     kind = "whole" if result.name in ("base", "full") else "adapter"
-    return "\n".join(
-        [
-            f'<text x="{NAME_END}" y="{text}" text-anchor="end">{result.name}</text>',
-            f'<rect class="{kind}" x="{BAR_START}" y="{middle - 7}" '
-            f'width="{round(end - BAR_START, 1)}" height="14" rx="2"/>',
-            f'<line class="error" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>',
-            f'<text x="{max(end, high) + 8}" y="{text}">{result.percent} ± {result.error}</text>',
-            f'<text class="quiet" x="{PARAMETERS_END}" y="{text}" text-anchor="end">'
-            f"{result.parameters}</text>",
-        ]
-    )
+    box = f'x="{BAR_START}" y="{middle - 7}" width="{round(end - BAR_START, 1)}" height="14"'
+    return [
+        label(result.name, NAME_END, base_line, anchor="end"),
+        f'<rect class="{kind}" {box} rx="2"/>',
+        f'<line class="error" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>',
+        label(f"{result.percent} ± {result.error}", high + 8, base_line),
+        label(result.parameters, PARAMETERS_END, base_line, "quiet", "end"),
+    ]
 
 
 def picture(rows: list[Result]) -> str:
     """The whole picture. No line of it is blank, so that it can stand inside a page."""
     height = TOP + ROW_HEIGHT * len(rows) + 12
-    return "\n".join(
-        [
-            f'<svg class="results" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"'
-            ' role="img" aria-label="Share of right answers of every variant, best first">',
-            "<style>",
-            ".results { color: #1f2328; font: 13px system-ui, sans-serif; }",
-            ".results text { fill: currentColor; }",
-            ".results .title { font-weight: 600; font-size: 14px; }",
-            ".results .quiet { opacity: 0.7; }",
-            ".results .adapter { fill: #4f6bed; }",
-            ".results .whole { fill: #9aa1ab; }",
-            ".results .error { stroke: currentColor; stroke-width: 1.5; }",
-            "@media (prefers-color-scheme: dark) { .results { color: #e6edf3; } }",
-            "</style>",
-            f'<text class="title" x="{BAR_START}" y="20">Right answers, % (± one standard error)</text>',
-            f'<text class="title" x="{PARAMETERS_END}" y="20" text-anchor="end">'
-            "Trainable parameters</text>",
-            f'<text class="quiet" x="{BAR_START}" y="40">grey: the model as it is, and all of its '
-            "weights trained</text>",
-            *(row(result, number) for number, result in enumerate(rows)),
-            "</svg>",
-            "",
-        ]
-    )
+    bars = [line for number, result in enumerate(rows) for line in bar(result, number)]
+    lines = [
+        f'<svg class="results" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',
+        ' role="img" aria-label="Share of right answers of every variant, best first">',
+        STYLE,
+        label("Right answers, % (± one standard error)", BAR_START, 20, "title"),
+        label("Trainable parameters", PARAMETERS_END, 20, "title", "end"),
+        label(LEGEND, BAR_START, 40, "quiet"),
+        *bars,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

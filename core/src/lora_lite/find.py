@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_lite.layers import LayerKind, looks_linear
+from lora_lite.modules import named_modules
 from lora_lite.plugins import kind_of
 
 Modules = Sequence[tuple[str, nn.Module]]
@@ -178,6 +179,14 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
                     in_blocks=_block_index(f"{path}.{name}", block_lists) is not None,
                     is_bare=is_bare,
                 )
+
+
+def numbers_in(root: nn.Module) -> int:
+    """How many numbers the matrices of a model hold, were they dense."""
+    modules = list(named_modules(root))
+    layers = find_layers(modules)
+    others = find_others(modules, layers)
+    return sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)
 
 
 def _is_from_torch(module: nn.Module) -> bool:

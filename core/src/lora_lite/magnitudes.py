@@ -16,8 +16,8 @@ CHUNK = 2**22
 def largest_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest |value| of each tensor that holds floating-point numbers, by name.
 
-    It is NaN or infinite exactly if some value is. Tensors of other dtypes, and empty ones, are left
-    out.
+    It is NaN or infinite exactly if some value is. Tensors of other dtypes, and empty ones, are
+    left out.
     """
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():

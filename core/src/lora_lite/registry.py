@@ -13,6 +13,7 @@ repeated.
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ KEY = "_lora_lite"
 # Held by attach, load and detach. Forwards do not ask for it: they may run on other threads, but
 # not on a model that is being changed.
 CHANGING = threading.RLock()
+
+
+def release_changing() -> None:
+    """Release the lock of an interrupted call, if it got as far as holding it."""
+    with suppress(RuntimeError):
+        CHANGING.release()
 
 
 class Registry:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterFileError
-from lora_lite.fileformat import DTYPES, Configuration, FilePath, Metadata, dtypes_of, write
+from lora_lite.fileformat import DTYPES, FilePath, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.magnitudes import not_finite
+from lora_lite.metadata import Configuration, Metadata
 from lora_lite.modules import plain_path
 from lora_lite.notices import (
     still_at_start,

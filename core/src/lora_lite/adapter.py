@@ -81,20 +81,16 @@ class Adapter:
             return f"Adapter({self.name!r}: {state.recipe}, detached)"
         names = Counter(path.rpartition(".")[2] for path in self.sites)
         counts = ", ".join(f"{name} x {count}" for name, count in names.items())
+        adapted = sum(each.layer.d_in * each.layer.d_out for each in state.attachments.values())
+        share = 100 * adapted / max(1, numbers_in(self._root))
         frozen = sum(tensor.numel() for _, spec, tensor in self._tensors() if not spec.trainable)
         switched = "" if state.is_active else ", disabled"
         return (
             f"Adapter({self.name!r}: {state.recipe}, scale {self.scale:g}{switched}\n"
-            f"  sites       {len(self.sites)} ({counts}), {self._share():.3g} % of the weights\n"
+            f"  sites       {len(self.sites)} ({counts}), {share:.3g} % of the weights\n"
             f"  parameters  {self.num_parameters:,} trainable, {frozen:,} frozen\n"
             f"  MACs        {self.macs_per_token:,} a token, {self.macs_per_forward:,} a forward)"
         )
-
-    def _share(self) -> float:
-        """What part of the model's weights its layers hold, in per cent."""
-        layers = [attachment.layer for attachment in self._state.attachments.values()]
-        adapted = sum(layer.d_in * layer.d_out for layer in layers)
-        return 100 * adapted / max(1, numbers_in(self._root))
 
     # --- training
 

@@ -27,7 +27,7 @@ from lora_lite.layers import LayerKind
 from lora_lite.modules import named_modules, plain_path, root_of
 from lora_lite.notices import tell_uncalled
 from lora_lite.placements import Placement
-from lora_lite.resume import add_marker, refuse_other_state, remove_marker
+from lora_lite.resume import add_marker, refuse_other_state, remove_marker, tell_if_saved_whole
 from lora_lite.statistics import restore_statistics, running_statistics
 from lora_lite.variant import Tensors
 
@@ -70,6 +70,10 @@ class Registry:
             state.was_trained = True
         if new:
             tell_uncalled(root, new)
+
+    def before_state_dict(self, *_: Any) -> None:
+        """The root's hook on `state_dict`."""
+        tell_if_saved_whole(self.adapters)
 
     def before_load_state_dict(
         self, root: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
@@ -128,6 +132,7 @@ def open_model(root: nn.Module, layers: Iterable[Layer]) -> Registry:
         root.__dict__[KEY] = registry
         root.requires_grad_(False)
         root.register_forward_hook(registry.after_forward)
+        root.register_state_dict_pre_hook(registry.before_state_dict)  # type: ignore[no-untyped-call]
         root.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             registry.before_load_state_dict
         )

@@ -10,7 +10,7 @@ from lora_lite.errors import AdapterWarning, bullets
 def warn(problem: str, details: Sequence[str] = (), advice: str = "") -> None:
     """Warn of a problem, with a line for each thing that has it, and say what to do."""
     text = f"{problem}:{bullets(details)}\n{advice}" if details else f"{problem}. {advice}"
-    warnings.warn(text.rstrip(". \n"), AdapterWarning, stacklevel=_frames_of_ours())
+    warnings.warn(f"lora-lite: {text}".rstrip(". \n"), AdapterWarning, stacklevel=_frames_of_ours())
 
 
 def _frames_of_ours() -> int:

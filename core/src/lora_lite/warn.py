@@ -14,10 +14,14 @@ def warn(problem: str, details: Sequence[str] = (), advice: str = "") -> None:
 
 
 def _frames_of_ours() -> int:
-    """How many frames up the first one is that is not of lora-lite."""
+    """How many frames up the first one is that is neither of lora-lite nor of torch."""
     depth = 1
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         depth += 1
     return depth
+
+
+def _is_inside(module: str) -> bool:
+    return module.partition(".")[0] in ("lora_lite", "torch")

@@ -91,8 +91,8 @@ def refuse_overflow(cast: Mapping[str, Tensor]) -> None:
 def device_of(placement: Placement) -> torch.device:
     """Where the layer is."""
     module = placement.module
-    for tensors in (module.parameters(recurse=False), module.buffers(recurse=False)):
-        for tensor in tensors:
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
             return tensor.device
     return torch.device("cpu")
 

@@ -13,6 +13,7 @@ names, casts, registers and saves them, and never writes a base weight.
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -228,6 +229,7 @@ class ScaledVariant(Variant):
         raise NotImplementedError
 
 
+@lru_cache(maxsize=1024)
 def overrides(cls: type[Variant], method: str) -> bool:
     """Whether a class has a method of its own in place of the contract's default."""
     return bool(getattr(cls, method).__module__ != Variant.__module__)

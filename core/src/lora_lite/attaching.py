@@ -34,6 +34,7 @@ from lora_lite.registry import (
     registry_of,
     release_changing,
     remove,
+    undo,
 )
 from lora_lite.state import flat, not_as_declared, start_values
 from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
@@ -121,8 +122,7 @@ def attach(
         return adapter
     except BaseException:
         pass_over_data.restore()
-        remove(root, state, modules)
-        release_changing()
+        undo(root, state, modules)
         raise
 
 

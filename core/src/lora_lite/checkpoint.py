@@ -22,7 +22,7 @@ from lora_lite.modules import named_modules, root_of
 from lora_lite.placements import Placement, place
 from lora_lite.plugins import kind_of, variant_class
 from lora_lite.recipe import Recipe
-from lora_lite.registry import CHANGING, install, open_model, release_changing, remove
+from lora_lite.registry import CHANGING, install, open_model, undo
 from lora_lite.rename import Renaming, renamed
 from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
 from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
@@ -121,8 +121,7 @@ def load(
         CHANGING.release()
         return adapter
     except BaseException:
-        remove(root, state, modules)
-        release_changing()
+        undo(root, state, modules)
         raise
 
 

@@ -125,4 +125,4 @@ def test_csv_and_json_hold_the_same_figures_in_full(seeds: list[Result]) -> None
     assert base["label"] == "base"
     assert base["lr"] is None
     assert base["backward_ms"] is None
-    assert base["test_loss"] == seeds[0].test.loss
+    assert base["test_loss"] == pytest.approx(seeds[0].test.loss, rel=1e-12)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_lite.author_mistakes import checked_tensors
 from lora_lite.errors import AdapterFileError, VariantContractError
+from lora_lite.fileformat import FilePath
 from lora_lite.placements import Placement
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Tensors
@@ -91,7 +92,11 @@ def device_of(placement: Placement) -> torch.device:
 
 
 def unpack(
-    placements: Sequence[Placement], saved: Tensors, known: Sequence[str] = ()
+    placements: Sequence[Placement],
+    saved: Tensors,
+    known: Sequence[str] = (),
+    *,
+    path: FilePath = "",
 ) -> dict[str, dict[str, Tensor]]:
     """Every layer's stored tensors, from a state dict.
 
@@ -99,6 +104,7 @@ def unpack(
         placements: of the variants on their layers.
         saved: `{"path.tensor": tensor}`.
         known: what is known to be wrong with it already, one line for each tensor.
+        path: of the file that it comes from, if any.
 
     Raises:
         AdapterFileError: tensors that are missing, extra, misshapen, of another dtype or not
@@ -115,11 +121,13 @@ def unpack(
         values[placement.path] = found
         wrong += complaints
     if wrong:
+        tensors = tuple(dict.fromkeys(line.partition(":")[0] for line in wrong))
         raise AdapterFileError(
-            f"{len(wrong)} tensors do not fit; nothing was changed",
+            f"{len(tensors)} tensors do not fit; nothing was changed",
             details=wrong,
             expected="A state dict has every tensor of the adapter and no other",
-            tensors=[line.partition(":")[0] for line in wrong],
+            path=str(path),
+            tensors=tensors,
         )
     return values
 

@@ -245,6 +245,7 @@ def _in_format_of(
         return json.dumps(fields), checked_tensors(cls.model_construct(), "upgrade", given, "")
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterFileError):
+            error.path = error.path or str(path)
             raise
         raise AdapterFileError(
             f"{path} has fields that variant {cls.name!r} cannot upgrade: {error}", path=str(path)

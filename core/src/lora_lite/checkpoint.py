@@ -107,7 +107,7 @@ def load(
     values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
 
     # 4. onto the model
-    recipe = Recipe(tuple(dict.fromkeys(variants.values())))
+    recipe = Recipe(_first_of_each_class(variants.values()))
     state = AdapterState(
         name, recipe, described.seed, described.scale, described.uses_base, is_loaded=True
     )
@@ -262,6 +262,14 @@ def _made(path: FilePath, cls: type[Variant], fields: str) -> Variant:
 
 
 # --- 2. where it goes
+
+
+def _first_of_each_class(variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    """What was asked for, as far as a file tells: overrides and specialisation come from one."""
+    firsts: dict[str, Variant] = {}
+    for variant in variants:
+        firsts.setdefault(variant.name, variant)
+    return tuple(firsts.values())
 
 
 def _placements(

@@ -360,6 +360,28 @@ def test_custom_state_dict(blocks: Make, tmp_path: Path, refused: Refused) -> No
         adapter.load_state_dict(state)
 
 
+def test_variant_is_one_although_some_layers_have_other_fields(
+    blocks: Make, tmp_path: Path, refused: Refused
+) -> None:
+    """Overrides do not make a recipe of one variant; `sites` has the fields of each layer.
+
+    That holds after loading too. A recipe of several variants has no single one.
+    """
+    adapter = ll.attach(blocks(), Plain(r=7), overrides={"up": {"r": 8}})
+    assert adapter.variant == Plain(r=7)
+    again = reloaded(adapter, blocks(), tmp_path / "a")
+    assert again.variant.name == "plain"
+    assert again.sites == adapter.sites
+    several = ll.attach(model := blocks(), {"up": Plain(), "down": Squared()})
+    several.save(tmp_path / "b")
+    with refused(model, ll.AdapterError, ("sites",)):
+        several.variant  # noqa: B018
+    again = ll.load(fresh := blocks(), tmp_path / "b", variant=(Plain, Squared))
+    with refused(fresh, ll.AdapterError, ("sites",)):
+        again.variant  # noqa: B018
+    assert again.sites == several.sites
+
+
 class Old(Base, name="grown"):
     """The variant as it was."""
 

@@ -132,8 +132,9 @@ def _check_spelling(cls: type[Variant], contract: type[Variant]) -> None:
             if _nearly_the_same(name, meant):
                 raise _error(
                     cls,
-                    f"the method {name!r} is not part of the contract. Did you mean {meant!r}?",
-                    fix=f"Rename it; a helper of your own could be called _{name}",
+                    f"the method {name!r} is not part of the contract",
+                    fix=f"Did you mean {meant!r}? Rename it; a helper of your own could be called "
+                    f"_{name}",
                 )
 
 

@@ -216,8 +216,8 @@ exclude=""",
         _plugin,
         {"plugin": "broken", "distributions": ("stranger",)},
         (
-            "lora_lite.variants 'broken' of stranger 1.5 (no_such_module:Shift) is installed but fails "
-            "on import: ModuleNotFoundError: No module named 'no_such_module'. It asks for "
+            "lora_lite.variants 'broken' of stranger 1.5 (no_such_module:Shift) is installed but "
+            "fails on import: ModuleNotFoundError: No module named 'no_such_module'. It asks for "
             f"lora-lite-core<9,>=0.1, and lora-lite-core {version('lora-lite-core')} is installed. "
             "If it needs a package that is missing, install that; else tell its author"
         ),
@@ -236,8 +236,9 @@ exclude=""",
         _calibration,
         {"batch": 1, "layers": ()},
         (
-            "the model rejects calibration batch 1 (y: float32[3]): TypeError: Blocks.forward() got an "
-            "unexpected keyword argument 'y'. A mapping gives keywords, a tuple or list positions"
+            "the model rejects calibration batch 1 (y: float32[3]): TypeError: Blocks.forward() "
+            "got an unexpected keyword argument 'y'. A mapping gives keywords, a tuple "
+            "or list positions"
         ),
     ),
     (
@@ -245,8 +246,8 @@ exclude=""",
         _adapter,
         {"adapter": "style", "layer": ""},
         (
-            "an adapter named 'style' is attached already. In use: style. Detach it, or give another "
-            "name="
+            "an adapter named 'style' is attached already. In use: style. Detach it, or give "
+            "another name="
         ),
     ),
     (

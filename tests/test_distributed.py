@@ -1,4 +1,4 @@
-"""Two processes with gloo: DDP and FSDP2 train what one process trains; files hold whole tensors."""
+"""Two processes with gloo train what one process trains, and files hold whole tensors."""
 
 from __future__ import annotations
 

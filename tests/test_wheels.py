@@ -148,7 +148,7 @@ def test_every_plugin_installs_beside_the_core(python: Path, wheels: Path) -> No
 def test_a_plugins_tests_pass_with_only_what_it_declares(
     plugin: str, wheels: Path, testing: Path, tmp_path: Path
 ) -> None:
-    """Its tests need the core, itself and its extra `test`, and nothing that happens to be there."""
+    """Its tests need the core, itself and its extra `test`, and nothing that happens to be near."""
     python = environment(tmp_path, wheels, f"lora-lite-{plugin}[test]", over=testing)
     told = run(
         python,

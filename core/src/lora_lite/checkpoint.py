@@ -103,7 +103,7 @@ def load(
     # 3. its tensors
     if not described.derived:
         tensors = {**tensors, **_derive(path, described, placements)}
-    unpacked = unpack(placements, tensors, known, path=path)
+    unpacked = unpack(placements, tensors, known, path=str(path))
     values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
 
     # 4. onto the model

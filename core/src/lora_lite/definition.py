@@ -133,8 +133,8 @@ def _check_spelling(cls: type[Variant], contract: type[Variant]) -> None:
                 raise _error(
                     cls,
                     f"the method {name!r} is not part of the contract",
-                    fix=f"Did you mean {meant!r}? Rename it; a helper of your own could be called "
-                    f"_{name}",
+                    expected=f"Its name is nearly {meant!r}, so it is probably misspelt",
+                    fix=f"Rename it; a helper of your own could be called _{name}",
                 )
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lora_lite.author_mistakes import checked_tensors
 from lora_lite.errors import AdapterFileError, VariantContractError
-from lora_lite.fileformat import FilePath
 from lora_lite.placements import Placement
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Tensors
@@ -96,7 +95,7 @@ def unpack(
     saved: Tensors,
     known: Sequence[str] = (),
     *,
-    path: FilePath = "",
+    path: str = "",
 ) -> dict[str, dict[str, Tensor]]:
     """Every layer's stored tensors, from a state dict.
 
@@ -126,7 +125,7 @@ def unpack(
             f"{len(tensors)} tensors do not fit; nothing was changed",
             details=wrong,
             expected="A state dict has every tensor of the adapter and no other",
-            path=str(path),
+            path=path,
             tensors=tensors,
         )
     return values

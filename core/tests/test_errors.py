@@ -287,8 +287,9 @@ check_base=False""",
         _definition,
         {"class_name": "Misspelt"},
         (
-            "Misspelt: the method 'delta_outputs' is not part of the contract. Did you mean "
-            "'delta_output'? Rename it; a helper of your own could be called _delta_outputs"
+            "Misspelt: the method 'delta_outputs' is not part of the contract. Its name is "
+            "nearly 'delta_output', so it is probably misspelt. Rename it; a helper of your own could "
+            "be called _delta_outputs"
         ),
     ),
     (

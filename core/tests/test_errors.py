@@ -288,8 +288,8 @@ check_base=False""",
         {"class_name": "Misspelt"},
         (
             "Misspelt: the method 'delta_outputs' is not part of the contract. Its name is "
-            "nearly 'delta_output', so it is probably misspelt. Rename it; a helper of your own could "
-            "be called _delta_outputs"
+            "nearly 'delta_output', so it is probably misspelt. Rename it; a helper of your own "
+            "could be called _delta_outputs"
         ),
     ),
     (
@@ -417,6 +417,6 @@ def test_a_warning_points_at_the_users_line(blocks: Make) -> None:
     (told,) = caught
     assert (told.category, told.filename) == (ll.AdapterWarning, __file__)
     assert str(told.message) == (
-        "adapter.safetensors was made on a base with other weights: 1 of 4 layers differ by more "
-        "than rounding to bfloat16:\n  blocks.0.up\ncheck_base=False silences this"
+        "lora-lite: adapter.safetensors was made on a base with other weights: 1 of 4 layers "
+        "differ by more than rounding to bfloat16:\n  blocks.0.up\ncheck_base=False silences this"
     )

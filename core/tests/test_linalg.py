@@ -11,14 +11,20 @@ from lora_lite.fingerprint import probe, probe_agrees
 
 
 @given(
-    d_out=st.integers(1, 40), d_in=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 99),
+    d_out=st.integers(1, 40),
+    d_in=st.integers(1, 40),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
     method=st.sampled_from(["exact", "randomized"]),
-)  # fmt: skip
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_top_r_svd_of_small_matrices(
     d_out: int, d_in: int, share: float, seed: int, method: str
 ) -> None:
-    """Orthonormal U and V, descending S, U S V the best rank-r approximation, the largest entry of each row of V positive."""
+    """Orthonormal U and V, descending S, and U S V the best rank-r approximation.
+
+    The largest entry of each row of V is positive.
+    """
     w = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     r = 1 + round(share * (min(w.shape) - 1))
     u, s, v = ll.top_r_svd(w, r, method)  # type: ignore[arg-type]
@@ -35,7 +41,10 @@ def test_top_r_svd_of_small_matrices(
 
 @pytest.mark.parametrize("shape", [(512, 300), (300, 512)])
 def test_randomized_svd_of_a_slow_spectrum(shape: tuple[int, int]) -> None:
-    """On σᵢ ∝ i^-½ the worst of 32 directions has cosine ≥ 0.9999 with the exact one, and the same sign, every time."""
+    """On σᵢ ∝ i^-½ the worst of 32 directions has cosine ≥ 0.9999 with the exact one.
+
+    It has the same sign, every time.
+    """
     rng = torch.Generator().manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(shape[0], 300, generator=rng))
     v, _ = torch.linalg.qr(torch.randn(shape[1], 300, generator=rng))
@@ -56,7 +65,7 @@ def test_svd_leaves_the_random_state_alone() -> None:
 @given(column=st.integers(0, 31), seed=st.integers(0, 20))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_probes_see_one_flipped_column_and_not_rounding(column: int, seed: int) -> None:
-    """Eight numbers tell a basis with one column flipped from the same basis with rounding noise."""
+    """Eight numbers tell a basis with one column flipped from the same one with rounding noise."""
     u, _ = torch.linalg.qr(torch.randn(200, 32, generator=torch.Generator().manual_seed(seed)))
     recorded = probe(u)
     assert probe_agrees(

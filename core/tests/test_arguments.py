@@ -53,7 +53,6 @@ NONSENSE: tuple[Any, ...] = (
 
 NUMBERS: tuple[Any, ...] = (0, 1, -1, 3, 2**70, 0.5, -2.5, NAN, INF, -INF, np.int64(1), np.float32(2))
 BOOLS: tuple[Any, ...] = (True, False, np.True_)
-TEXTS: tuple[Any, ...] = ("", "x", "1", "up(", "nothing", "*", "\x00", "\ud800", "x" * 10_000)
 BYTES: tuple[Any, ...] = (b"", b"up", re.compile(b"up"))
 HOLDERS: tuple[Any, ...] = (
     [3], [None], [True], ["up", 3], [["up"]], (1.5,), [b"up"], [object()], {"up": 3}, {3: "up"}, [0, "a"],
@@ -94,11 +93,6 @@ NO_FIELD: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-# What is not wrong although it stands in one of the pools above.
-def _is_pattern(value: Any) -> bool:
-    return isinstance(value, str) and value in ("up", "*up", "x", "1", "", "x" * 10_000)
-
-
 @dataclass(frozen=True)
 class Case:
     """One argument of one function, and the values that are wrong for it.
@@ -128,7 +122,9 @@ def _plan(model: Any, variant: Any = "lora", **arguments: Any) -> Any:
     return ll.plan(model, variant, **arguments)
 
 
-WRONG_PATTERNS = (*NUMBERS, *BOOLS, "up(", "nothing", "\x00", *BYTES, *HOLDERS, *NONSENSE)
+WRONG_PATTERNS = (
+    *NUMBERS, *BOOLS, "up(", "*", "nothing", "\x00", "\ud800", "x" * 10_000, *BYTES, *HOLDERS, *NONSENSE,
+)  # fmt: skip
 WRONG_LAYERS = (
     2, -1, 2**70, 0.5, NAN, INF, "0", "all", "", [], (), [0, "a"], [0, 2], [1.0], [True], True, [None], [[0]],
     {"0"}, b"\x00", [b"0"], np.array([0.5]), np.array([True]), *NONSENSE,
@@ -147,7 +143,10 @@ def cases(folder: Path) -> list[Case]:
             Case(function, "targets", ((), [], {}, *WRONG_PATTERNS), keyword("targets")),
             Case(function, "exclude", WRONG_PATTERNS, keyword("exclude")),
             Case(function, "layers", WRONG_LAYERS, keyword("layers")),
-            Case(function, "overrides", (*OVERRIDES, *NONSENSE), keyword("overrides")),
+            Case(
+                function, "overrides", (*OVERRIDES, *NONSENSE), keyword("overrides"),
+                "overrides|variant 'lora'",  # a field in it is complained of as a field
+            ),
             Case(
                 function, "strength", (0, -1.0, INF, NAN, True, "1"),
                 lambda m, v, call=call: call(m, "delora", strength=v),

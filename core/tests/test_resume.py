@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 Make = Callable[..., nn.Module]
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+RANKS = {"antipasto": 4}
 TOKENS = torch.tensor([[5, 9, 3, 7, 1, 2], [8, 8, 4, 30, 6, 11]])
 
 
 def trained(model: nn.Module, variant: str = "lora", **arguments: Any) -> ll.Adapter:
     """An adapter that does something."""
-    adapter = ll.attach(model, variant, **{"r": 2, **arguments})
+    adapter = ll.attach(model, variant, **{"r": RANKS.get(variant, 2), **arguments})
     with torch.no_grad():
         for index, p in enumerate(adapter.parameters()):
             p.add_(0.1 + 0.01 * index)
@@ -53,7 +54,7 @@ def test_the_same_adapter_resumes(blocks: Make, variant: str, name: str, strict:
     every bit, without a word."""
     model, again = blocks(), blocks()
     trained(model, variant, name=name)
-    ll.attach(again, variant, r=2, name=name)
+    ll.attach(again, variant, r=RANKS.get(variant, 2), name=name)
     assert not torch.equal(logits(again), logits(model))
     found = again.load_state_dict(copied(model.state_dict()), strict=strict)
     assert not found.missing_keys

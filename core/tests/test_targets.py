@@ -53,7 +53,7 @@ class LowBoth(Low, name="low_both"):
 
 def sites(model: nn.Module, variant: Variant | None = None, **arguments: Any) -> list[str]:
     """The paths that plan chooses."""
-    return [p.spot.path for p in ll.plan(model, variant or Low(), **arguments).placements]
+    return [p.path for p in ll.plan(model, variant or Low(), **arguments).placements]
 
 
 def test_default_is_every_linear_layer_of_the_repeated_blocks(blocks: Make) -> None:
@@ -173,7 +173,7 @@ def test_layers_that_hooks_do_not_reach(
     ):
         ll.attach(model, Low())
     found = ll.plan(model, Low(), exclude="out_proj")
-    assert [p.spot.path for p in found.placements] == ["0.linear1", "0.linear2"]
+    assert [p.path for p in found.placements] == ["0.linear1", "0.linear2"]
     assert (
         "0.self_attn.in_proj_weight (24 x 8) is a bare parameter of MultiheadAttention, not a layer"
         in found.unreachable
@@ -220,7 +220,7 @@ def test_unknown_linear_layers_are_named(
     ):
         ll.attach(model, Low())
     found = ll.plan(model, Low(), exclude="odd")
-    assert [p.spot.path for p in found.placements] == ["0.plain"]
+    assert [p.path for p in found.placements] == ["0.plain"]
     assert any(text.startswith("0.odd") for text in found.unreachable)
 
 
@@ -242,7 +242,7 @@ def test_plan_is_what_attach_does(
     assert before == [(name, p.requires_grad) for name, p in empty.named_parameters()]
     adapter = ll.attach(real, Low(r=3), layers=1)
     assert str(found) == str(on_real)
-    assert [p.spot.path for p in found.placements] == list(adapter.sites)
+    assert [p.path for p in found.placements] == list(adapter.sites)
     assert found.parameters == adapter.num_parameters == 3 * 20 * 2
     assert (
         (found.macs_per_token, found.macs_per_forward)
@@ -264,7 +264,7 @@ def test_plan_names_fused_experts() -> None:
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM(config)
     found = ll.plan(model, Low())
-    assert "model.layers.0.self_attn.q_proj" in [p.spot.path for p in found.placements]
+    assert "model.layers.0.self_attn.q_proj" in [p.path for p in found.placements]
     if not any(name.endswith("experts.0.up_proj.weight") for name, _ in model.named_parameters()):
         told = "\n".join(found.unreachable)
         for name in ("gate_up_proj", "down_proj"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import lora_lite as ll
 import torch
-from lora_lite.plugins import make_variant
+from lora_lite.fields import make_variant
 from torch import Tensor, nn
 
 from lora_lite_benchmark.full import BaseModel, FullModel

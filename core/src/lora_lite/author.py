@@ -3,10 +3,18 @@
 from lora_lite.author import Rng, Site, Tensors, TensorSpec, Variant
 """
 
-from lora_lite.errors import CalibrationError, LayerKindError, SiteError
+from lora_lite.errors import (
+    CalibrationError,
+    LayerKindError,
+    SiteError,
+    VariantContractError,
+    VariantDefinitionError,
+)
 from lora_lite.layers import LayerKind
 from lora_lite.linalg import check_rank, top_r_svd
-from lora_lite.variant import Observer, Rng, ScaledVariant, Site, Tensors, TensorSpec, Variant
+from lora_lite.site import Site
+from lora_lite.tensor_spec import TensorSpec
+from lora_lite.variant import Observer, Rng, ScaledVariant, Tensors, Variant
 
 __all__ = [
     "CalibrationError",
@@ -20,6 +28,8 @@ __all__ = [
     "TensorSpec",
     "Tensors",
     "Variant",
+    "VariantContractError",
+    "VariantDefinitionError",
     "check_rank",
     "top_r_svd",
 ]

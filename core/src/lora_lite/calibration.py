@@ -1,128 +1,180 @@
 """One pass of calibration data, streamed to every site's observer."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lora_lite.errors import CalibrationError, bullets
+from lora_lite.author_mistakes import calling, describe
+from lora_lite.errors import CalibrationError
+from lora_lite.hooks import AdapterState
 from lora_lite.layers import layer_input
-from lora_lite.targets import Placement
+from lora_lite.masks import Masks
+from lora_lite.placements import Placement
 from lora_lite.variant import Observer
 
+DATA = "an iterable of model inputs, such as a DataLoader"
 
-def calibrate(
-    model: nn.Module, placements: Sequence[Placement], batches: Iterable[Any] | None
-) -> dict[str, dict[str, Tensor]]:
-    """The statistics of every site that observes, after one pass over `batches` in eval mode without gradients.
 
-    A batch is what the model is called with: a mapping (keywords), a tuple or list (positional), or one argument. Rows whose
-    `attention_mask` is 0 are dropped. Memory is the observers' own: nothing is kept of a batch.
+class Calibration:
+    """One pass over calibration data, and the way back from it.
+
+    Every adapter is disabled meanwhile: what is attached already must not change what a new adapter
+    starts from. `restore` puts the model back, after the pass or wherever it was interrupted.
+
+    Args:
+        root: the model.
+        placements: of the variants on their layers.
+        others: the adapters that are attached already.
+    """
+
+    def __init__(
+        self, root: nn.Module, placements: Sequence[Placement], others: Iterable[AdapterState]
+    ) -> None:
+        self.root = root
+        self.others = list(others)
+        self.observers: dict[str, Observer] = {}
+        self.modules: dict[str, nn.Module] = {}
+        for placement in placements:
+            with calling(placement.variant, "observe", placement.path):
+                observer = placement.variant.observe(placement.site)
+            if observer is not None:
+                self.observers[placement.path] = observer
+                self.modules[placement.path] = placement.module
+        self.training = [(module, module.training) for module in root.modules()]
+        self.handles: list[RemovableHandle] = []
+        self.called: set[str] = set()
+        self.masks: Masks | None = None
+
+    def restore(self) -> None:
+        """Put the model back as it was before the pass. It may be called again."""
+        for handle in self.handles:
+            handle.remove()
+        for module, training in self.training:
+            module.training = training
+        for state in self.others:
+            state.end_disable(self)
+
+    def run(self, batches: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
+        """The statistics of every site that observes, after one pass in eval mode.
+
+        A batch is what the model is called with: a mapping (keywords), a tuple or list (positions),
+        or one argument. Rows that a mask marks as padding are dropped; see `masks`. Nothing is kept
+        of a batch but what the observers keep.
+
+        Raises:
+            CalibrationError: data is missing, not needed or empty, the model rejects a batch, a
+                mask cannot be matched, or a site is never called.
+        """
+        if not self.observers:
+            return {}
+        assert batches is not None
+        for state in self.others:
+            state.disable(self)
+        self.root.eval()
+        for path, module in self.modules.items():
+            watch = _Watch(self, path)
+            self.handles.append(module.register_forward_hook(watch.see, with_kwargs=True))
+        self._pass(batches)
+        self.restore()
+        silent = [path for path in self.observers if path not in self.called]
+        if silent:
+            raise CalibrationError(
+                "these layers were never called during calibration",
+                details=silent,
+                fix="Leave them out with exclude=, or give data that reaches them",
+                layers=silent,
+            )
+        return {path: observer.result() for path, observer in self.observers.items()}
+
+    @torch.no_grad()
+    def _pass(self, batches: Iterable[Any]) -> None:
+        device = next((p.device for p in self.root.parameters()), torch.device("cpu"))
+        has_encoder = any(".encoder." in f".{path}." for path, _ in self.root.named_modules())
+        number = -1
+        for number, batch in enumerate(batches):
+            self.masks = Masks(batch, device, has_encoder=has_encoder)
+            try:
+                call(self.root, batch, device)
+            except CalibrationError:
+                raise
+            except Exception as error:
+                raise CalibrationError(
+                    f"the model rejects calibration batch {number} ({describe_batch(batch)}): "
+                    f"{type(error).__name__}: {error}",
+                    expected="A mapping gives keywords, a tuple or list positions",
+                    batch=number,
+                ) from error
+        if number < 0:
+            raise CalibrationError(
+                "calibration= is empty",
+                fix="Give at least one batch; an iterator can be used only once",
+            )
+
+
+class _Watch:
+    """The hook that shows one layer's rows to its observer."""
+
+    def __init__(self, calibration: Calibration, path: str) -> None:
+        self.calibration = calibration
+        self.path = path
+
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> None:
+        masks = self.calibration.masks
+        assert masks is not None
+        self.calibration.called.add(self.path)
+        x_rows = masks.rows(self.path, layer_input(args, kwargs))
+        y_rows = masks.rows(self.path, y)
+        self.calibration.observers[self.path].update(x_rows, y_rows)
+
+
+def check_data(variants: Sequence[Placement], observed: bool, batches: object) -> None:
+    """Check the argument `calibration=`.
+
+    Args:
+        variants: what is attached.
+        observed: whether any of them needs data.
+        batches: as given.
 
     Raises:
-        CalibrationError: data is missing or superfluous or empty, the model rejects a batch, or a site is never called.
+        CalibrationError: it is missing, not needed, or no iterable of batches.
     """
-    observed = [
-        (p, observer) for p in placements if (observer := p.variant.observe(p.site)) is not None
-    ]
-    if not observed:
-        if batches is not None:
-            name = placements[0].variant.name
-            raise CalibrationError(
-                f"{name} needs no calibration data with these fields; leave calibration= out"
-            )
-        return {}
-    expected = "an iterable of model inputs, such as a DataLoader"
-    if batches is None:
+    names = ", ".join(sorted({placement.variant.name for placement in variants}))
+    if not observed and batches is not None:
         raise CalibrationError(
-            f"{observed[0][0].variant} needs calibration data: give calibration= {expected}"
+            f"{names} needs no calibration data with these fields", fix="Leave calibration= out"
         )
-    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
+    if observed and batches is None:
+        raise CalibrationError(f"{names} needs calibration data", fix=f"Give calibration= {DATA}")
+    is_one_batch = isinstance(batches, Mapping | Tensor | str | bytes)
+    if observed and (is_one_batch or not isinstance(batches, Iterable)):
         raise CalibrationError(
-            f"calibration= is {describe(batches)}: expected {expected}; of one batch, [batch]"
+            f"calibration= is {describe_batch(batches)}",
+            expected=f"It is {DATA}",
+            fix="Give one batch as [batch]",
         )
-    calls = _stream(model, observed, batches)
-    if silent := [p.spot.path for p, _ in observed if not calls[p.spot.path]]:
-        raise CalibrationError(
-            f"these sites were never called during calibration:{bullets(silent)}"
-        )
-    return {p.spot.path: observer.result() for p, observer in observed}
-
-
-def _stream(
-    model: nn.Module, observed: Sequence[tuple[Placement, Observer]], batches: Iterable[Any]
-) -> Counter[str]:
-    """How often each site was called."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    mask: Tensor | None = None
-    calls: Counter[str] = Counter()
-    count = 0
-
-    def watch(
-        path: str,
-        observer: Observer,
-        _: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        y: Tensor,
-    ) -> None:
-        calls[path] += 1
-        observer.update(_rows(layer_input(args, kwargs), mask), _rows(y, mask))
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
-        stack.enter_context(torch.no_grad())
-        for p, observer in observed:
-            handle = p.module.register_forward_hook(
-                partial(watch, p.spot.path, observer), with_kwargs=True
-            )
-            stack.callback(handle.remove)
-        for count, batch in enumerate(batches, start=1):
-            given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            mask = given.to(device).bool() if isinstance(given, Tensor) else None
-            try:
-                call(model, batch, device)
-            except Exception as error:
-                told = f"{type(error).__name__}: {error}"
-                raise CalibrationError(
-                    f"the model rejects calibration batch {count - 1} ({describe(batch)}): {told}"
-                ) from error
-    if not count:
-        raise CalibrationError(
-            "calibration= is empty; give at least one batch (an iterator can be used only once)"
-        )
-    return calls
-
-
-def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
-    """(rows, features), without the rows that are padding; `mask` may be of a batch of sequences or of flat tokens."""
-    rows = values.detach().reshape(-1, values.shape[-1])
-    if mask is not None and values.shape[:-1] in (mask.shape, (mask.numel(),)):
-        return rows[mask.reshape(-1)]
-    return rows
 
 
 def call(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """`model(batch)`, with the batch's tensors moved to `device`; a mapping gives keywords, a tuple or list positions."""
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
+    """`model(batch)`, with the tensors of the batch moved to `device`."""
     if isinstance(batch, Mapping):
-        return model(**{key: move(value) for key, value in batch.items()})
-    return model(*map(move, batch if isinstance(batch, tuple | list) else (batch,)))
+        return model(**{key: _moved(value, device) for key, value in batch.items()})
+    arguments = batch if isinstance(batch, tuple | list) else (batch,)
+    return model(*[_moved(value, device) for value in arguments])
 
 
-def describe(batch: Any) -> str:
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def describe_batch(batch: Any) -> str:
     """A batch in a few words, for an error."""
     if isinstance(batch, Mapping):
-        return ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
+        return ", ".join(f"{key}: {describe_batch(value)}" for key, value in batch.items())
     if isinstance(batch, Tensor):
-        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+        return describe(batch)
     return type(batch).__name__

@@ -1,23 +1,36 @@
 """Save and load: one adapter, one file, all or nothing."""
 
 import json
-import warnings
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, adapter_of
-from lora_lite.errors import AdapterFileError, BaseMismatchError, bullets, did_you_mean
-from lora_lite.fileformat import FilePath, Metadata, dtypes_of, read
+from lora_lite.adapter import Adapter, release_changing
+from lora_lite.arguments import adapter_name, pattern, trainable_dtype
+from lora_lite.attaching import adapter_of
+from lora_lite.author_mistakes import calling, checked_tensors
+from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
+from lora_lite.fileformat import Configuration, FilePath, Metadata, dtypes_of, read
+from lora_lite.find import find_layers
 from lora_lite.fingerprint import changed, probe_agrees
-from lora_lite.hooks import Control
-from lora_lite.plugins import variant_class
-from lora_lite.registry import install, refuse_unfit, refuse_wrapped
-from lora_lite.state import by_site, own_copies, unpack
-from lora_lite.targets import Placement, named_modules, place, root_of
+from lora_lite.hooks import AdapterState
+from lora_lite.missing import refuse_missing
+from lora_lite.modules import named_modules, root_of
+from lora_lite.placements import Placement, place
+from lora_lite.plugins import kind_of, variant_class
+from lora_lite.recipe import Recipe
+from lora_lite.registry import CHANGING, install, open_model, remove
+from lora_lite.state import by_layer, own_copies, unpack
+from lora_lite.unfit import refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
+from lora_lite.warn import warn
+
+Classes = type[Variant] | Iterable[type[Variant]] | None
+Renaming = Mapping[str | re.Pattern[str], str] | None
 
 
 def save(
@@ -27,7 +40,7 @@ def save(
 
     Raises:
         AdapterError: there is no such adapter.
-        AdapterFileError: the path cannot be written.
+        AdapterFileError: the path cannot be written, or the tensors could not be loaded again.
     """
     adapter_of(model, name).save(path, derived=derived)
 
@@ -38,131 +51,301 @@ def load(
     /,
     *,
     name: str = "default",
-    variant: type[Variant] | None = None,
+    variant: Classes = None,
     check_base: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    rename: Renaming = None,
 ) -> Adapter:
-    """Attach the adapter of a file. Nothing is initialised, no calibration data is asked for; a full file gives back the
-    saved adapter bit for bit. All or nothing: an error leaves the model as it was.
+    """Attach the adapter of a file.
+
+    Nothing is initialised and no calibration data is needed: a full file gives back the saved
+    adapter bit for bit. All or nothing: after an error, or an interruption at any line, the model
+    is as it was.
 
     Args:
         model: the base.
         path: of the file.
-        name: to attach under.
-        variant: the class to use, where it is not installed as a plugin (written in a notebook, say).
-        check_base: compare the base's weights with the file's fingerprint. Other weights are an error where the file's tensors
-            were computed from them, else a warning.
+        name: under which to attach the adapter.
+        variant: the class to use, or several, if they are not installed as plugins (written in a
+            notebook, say).
+        check_base: whether to compare the base's weights with the file's fingerprint. Other weights
+            are an error if the file's tensors were computed from them, and a warning else.
         dtype: of the trainable tensors; None keeps the file's.
+        rename: `{regular expression: replacement}` for the paths of the file's layers, if this
+            model names them otherwise.
 
     Raises:
-        AdapterFileError: a file that cannot be read, or does not fit the model; everything that is wrong is listed.
+        AdapterFileError: a file that cannot be read, or does not fit the model; everything that is
+            wrong is listed.
         BaseMismatchError: another base.
         UnknownVariantError, PluginError: the file's variant is not installed, or cannot be used.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
+
+    Warns:
+        AdapterWarning: another base, which the adapter's tensors do not depend on.
     """
-    header, tensors = read(path)
-    cls = variant or variant_class(header.variant)
-    if cls.name != header.variant:
-        raise AdapterFileError(
-            f"{path} holds a {header.variant!r} adapter, and variant={cls.__qualname__} is {cls.name!r}"
-        )
-    variants, saved = _upgraded(path, cls, header, tensors)
+    # 1. what the file says
+    adapter_name(name)
+    dtype = None if dtype is None else trainable_dtype(dtype)
+    described, tensors = read(path)
+    known = list(_mistyped(described, tensors))
+    described, tensors = _renamed(path, described, tensors, rename)
+    variants, tensors = _upgraded(path, described, tensors, _by_name(variant))
+
+    # 2. where it goes
     root = root_of(model)
     refuse_wrapped(root)
     placements = _placements(path, root, variants)
     refuse_unfit(root, placements, name)
     if check_base:
-        _check_base(path, header, placements)
-    if not header.derived:
-        saved = {**saved, **_derive(path, header, placements)}
-    mistyped = {
-        key: t.dtype for key, t in tensors.items() if dtypes_of({key: t})[0] not in header.dtypes
-    }
-    known = [
-        f"{key}: dtype {dtype}, expected as saved: {', '.join(header.dtypes)}"
-        for key, dtype in mistyped.items()
-    ]
-    values = unpack(placements, saved, known)
-    for p in placements:
-        dtypes = {
-            tensor: dtype if spec.trainable and not spec.dtype else None
-            for tensor, spec in p.specs.items()
-        }
-        values[p.spot.path] = own_copies(p, values[p.spot.path], dtypes)
-    control = Control(
-        name, next(iter(variants.values())), header.seed, header.scale, header.uses_base
+        _check_base(path, described, placements)
+
+    # 3. its tensors
+    if not described.derived:
+        tensors = {**tensors, **_derive(path, described, placements)}
+    unpacked = unpack(placements, tensors, known)
+    values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
+
+    # 4. onto the model
+    recipe = Recipe(tuple(dict.fromkeys(variants.values())))
+    state = AdapterState(
+        name, recipe, described.seed, described.scale, described.uses_base, is_loaded=True
     )
-    install(root, control, placements, values)
-    return Adapter(root, control)
+    modules = {placement.path: placement.module for placement in placements}
+    try:
+        CHANGING.acquire()
+        refuse_unfit(root, placements, name)  # no other thread can come between now
+        open_model(root, find_layers(root))
+        install(root, state, placements, values)
+        adapter = Adapter(root, state, modules)
+        CHANGING.release()
+        return adapter
+    except BaseException:
+        remove(root, state, modules)
+        release_changing()
+        raise
+
+
+# --- 1. what the file says
+
+
+def _mistyped(described: Metadata, tensors: Tensors) -> Iterable[str]:
+    """The tensors whose dtype is not one that the file announces."""
+    for key, tensor in tensors.items():
+        if dtypes_of({key: tensor})[0] not in described.dtypes:
+            expected = ", ".join(described.dtypes)
+            yield f"{key}: dtype {tensor.dtype}, expected as saved: {expected}"
+
+
+def _renamed(
+    path: FilePath, described: Metadata, tensors: Tensors, rename: Renaming
+) -> tuple[Metadata, dict[str, Tensor]]:
+    """The file's contents with the layers' paths as this model has them."""
+    if rename is None:
+        return described, dict(tensors)
+    if not isinstance(rename, Mapping):
+        raise AdapterFileError(
+            f"rename={rename!r} is not a mapping",
+            expected="It is {regular expression: replacement}",
+            path=str(path),
+        )
+    new_path = {where: _rewritten(where, rename) for where in described.sites}
+    if len(set(new_path.values())) < len(new_path):
+        raise AdapterFileError(
+            f"rename={rename!r} gives several layers of {path} the same path", path=str(path)
+        )
+    changes = {
+        "sites": {new_path[where]: index for where, index in described.sites.items()},
+        "fingerprint": {new_path.get(p, p): value for p, value in described.fingerprint.items()},
+        "probes": {_new_key(key, new_path): value for key, value in described.probes.items()},
+    }
+    renamed = {_new_key(key, new_path): value for key, value in tensors.items()}
+    return described.model_copy(update=changes), renamed
+
+
+def _rewritten(where: str, rename: Mapping[Any, Any]) -> str:
+    for expression, replacement in rename.items():
+        try:
+            where = pattern(expression, "rename").sub(replacement, where)
+        except (re.error, TypeError, IndexError) as error:
+            raise AdapterFileError(
+                f"rename={{{expression!r}: {replacement!r}}} is not a replacement: {error}"
+            ) from None
+    return where
+
+
+def _new_key(key: str, new_path: Mapping[str, str]) -> str:
+    where, _, name = key.rpartition(".")
+    return f"{new_path.get(where, where)}.{name}"
+
+
+def _by_name(classes: Classes) -> dict[str, type[Variant]]:
+    """The classes that the caller gives, by the names of their variants."""
+    if classes is None:
+        return {}
+    given = [classes] if isinstance(classes, type) else classes
+    found = list(given) if isinstance(given, Iterable) else [given]
+    for cls in found:
+        if not (isinstance(cls, type) and issubclass(cls, Variant)):
+            raise FieldError(
+                f"variant={cls!r} is not a class",
+                expected="It is a subclass of Variant, or several",
+            )
+    return {cls.name: cls for cls in found}
 
 
 def _upgraded(
-    path: FilePath, cls: type[Variant], header: Metadata, tensors: Tensors
-) -> tuple[dict[str, Variant], Tensors]:
-    """The variant of each site, and the file's tensors, in the format of the installed class."""
-    if header.variant_format > cls.format:
-        newer = f"{path} has format {header.variant_format} of variant {cls.name!r}, written by {header.provider}"
+    path: FilePath, described: Metadata, tensors: Tensors, given: Mapping[str, type[Variant]]
+) -> tuple[dict[str, Variant], dict[str, Tensor]]:
+    """The variant of each layer, and the tensors, in the formats of the installed classes."""
+    names = {configuration.variant for configuration in described.configurations}
+    unused = [name for name in given if name not in names]
+    if unused:
         raise AdapterFileError(
-            f"{newer}; the installed one reads up to {cls.format}. Upgrade its distribution"
+            f"{path} holds {', '.join(sorted(map(repr, names)))}, and variant= gives "
+            f"{', '.join(map(repr, unused))}",
+            path=str(path),
         )
-    texts = dict(header.sites)
-    try:
-        if header.variant_format < cls.format:
-            old, tensors = by_site(tensors, texts), {}
-            for site, saved in old.items():
-                fields, new = cls.upgrade(json.loads(texts[site]), saved, header.variant_format)
-                texts[site] = json.dumps(fields)
-                tensors = {**tensors, **{f"{site}.{name}": tensor for name, tensor in new.items()}}
-        made = {text: cls.model_validate_json(text) for text in set(texts.values())}
-        return {site: made[text] for site, text in texts.items()}, tensors
-    except ValidationError as error:
+    classes = {name: given.get(name) or variant_class(name) for name in names}
+    made: dict[tuple[str, str], Variant] = {}
+    variants: dict[str, Variant] = {}
+    upgraded: dict[str, Tensor] = {}
+    layers = by_layer(tensors, described.sites)
+    for where, saved in layers.items():
+        configuration = described.of(where)
+        cls = classes[configuration.variant]
+        fields, saved = _in_format_of(path, cls, configuration, saved)
+        if (cls.name, fields) not in made:
+            made[cls.name, fields] = _made(path, cls, fields)
+        variants[where] = made[cls.name, fields]
+        upgraded.update({f"{where}.{name}": tensor for name, tensor in saved.items()})
+    strays = {key: t for key, t in tensors.items() if key.rpartition(".")[0] not in layers}
+    return variants, {**upgraded, **strays}
+
+
+def _in_format_of(
+    path: FilePath, cls: type[Variant], configuration: Configuration, saved: dict[str, Tensor]
+) -> tuple[str, dict[str, Tensor]]:
+    """The fields, as JSON, and the tensors of one layer in the format of the installed class."""
+    theirs = configuration.variant_format
+    if theirs == cls.format:
+        return configuration.fields, saved
+    if theirs > cls.format:
         raise AdapterFileError(
-            f"{path} has fields that variant {cls.name!r} refuses: {error}"
+            f"{path} has format {theirs} of variant {cls.name!r}, written by "
+            f"{configuration.provider}",
+            expected=f"The installed one reads formats up to {cls.format}",
+            fix="Upgrade its distribution",
+            path=str(path),
+        )
+    try:
+        fields = json.loads(configuration.fields)
+        with calling(cls.model_construct(), "upgrade"):
+            fields, given = cls.upgrade(fields, saved, theirs)
+        return json.dumps(fields), checked_tensors(cls.model_construct(), "upgrade", given, "")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(
+            f"{path} has fields that variant {cls.name!r} cannot upgrade: {error}", path=str(path)
         ) from None
+
+
+def _made(path: FilePath, cls: type[Variant], fields: str) -> Variant:
+    try:
+        return cls.model_validate_json(fields)
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{path} has fields that variant {cls.name!r} refuses: {error}", path=str(path)
+        ) from None
+
+
+# --- 2. where it goes
 
 
 def _placements(
     path: FilePath, root: nn.Module, variants: Mapping[str, Variant]
 ) -> tuple[Placement, ...]:
     modules = dict(named_modules(root))
-    if missing := [
-        f"{site}{did_you_mean(site, modules)}" for site in variants if site not in modules
-    ]:
-        lacks = f"{len(missing)} of which {type(root).__name__} does not have"
+    refuse_missing(path, root, variants, modules)
+    return place(
+        (where, modules[where], kind_of(modules[where]), variant)
+        for where, variant in variants.items()
+    )
+
+
+def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement, ...]) -> None:
+    sites = {placement.path: placement.site for placement in placements}
+    unknown = [where for where in sites if where not in described.fingerprint]
+    if unknown:
         raise AdapterFileError(
-            f"{path} adapts {len(variants)} layers, {lacks}; nothing was changed:{bullets(missing)}"
+            f"{path} does not say on which base it was made",
+            details=unknown,
+            fix="Give check_base=False to load it all the same",
+            path=str(path),
         )
-    return place((site, modules[site], variant) for site, variant in variants.items())
-
-
-def _check_base(path: FilePath, header: Metadata, placements: tuple[Placement, ...]) -> None:
-    other = changed(header.fingerprint, {p.spot.path: p.site for p in placements})
-    count = f"{len(other)} of {len(placements)} sites differ by more than rounding to bfloat16"
-    told = f"{path} was made on a base with other weights: {count}:{bullets(other, limit=3)}\n"
-    if other and header.uses_base:
+    other = changed(described.fingerprint, sites)
+    if not other:
+        return
+    problem = (
+        f"{path} was made on a base with other weights: {len(other)} of {len(placements)} layers "
+        "differ by more than rounding to bfloat16"
+    )
+    if described.uses_base:
         raise BaseMismatchError(
-            f"{told}Its tensors were computed from those weights. Load that base, or give check_base=False"
+            problem,
+            details=_first(other),
+            expected="Its tensors were computed from the weights of its own base",
+            fix="Load that base, or give check_base=False",
+            path=str(path),
         )
-    if other:
-        warnings.warn(f"{told}check_base=False silences this", UserWarning, stacklevel=3)
+    warn(problem, _first(other), "check_base=False silences this")
 
 
+def _first(paths: list[str], count: int = 3) -> list[str]:
+    rest = [f"and {len(paths) - count} more"] if len(paths) > count else []
+    return paths[:count] + rest
+
+
+# --- 3. its tensors
+
+
+@torch.no_grad()
 def _derive(
-    path: FilePath, header: Metadata, placements: tuple[Placement, ...]
+    path: FilePath, described: Metadata, placements: tuple[Placement, ...]
 ) -> dict[str, Tensor]:
     """The tensors that were left out, derived again and verified."""
-    derived = {
-        f"{p.spot.path}.{name}": value.detach().to(p.specs[name].dtype or p.site.dtype)
-        for p in placements
-        for name, value in p.variant.derive(p.site).items()
-    }
-    wrong = [
-        key
-        for key, value in derived.items()
-        if key not in header.probes or not probe_agrees(value, header.probes[key])
-    ]
+    derived: dict[str, Tensor] = {}
+    for placement in placements:
+        with calling(placement.variant, "derive", placement.path):
+            given = placement.variant.derive(placement.site)
+        for name, value in checked_tensors(
+            placement.variant, "derive", given, placement.path
+        ).items():
+            dtype = placement.specs[name].dtype or placement.site.dtype
+            derived[f"{placement.path}.{name}"] = value.detach().to(dtype)
+    wrong = [key for key, value in derived.items() if not _agrees(described, key, value)]
     if wrong:
-        differ = f"{len(wrong)} of them come out differently on this base (or with this version of torch or the plugin)"
-        told = f"{path} was saved without derived tensors, and {differ}; load a file saved with derived=True"
-        raise BaseMismatchError(f"{told}:{bullets(wrong, limit=3)}")
+        raise BaseMismatchError(
+            f"{path} was saved without derived tensors, and {len(wrong)} of them come out "
+            "differently on this base",
+            details=_first(wrong),
+            expected="Another version of torch or of the plugin may be the reason as well",
+            fix="Load a file that was saved with derived=True",
+            path=str(path),
+            tensors=wrong,
+        )
     return derived
+
+
+def _agrees(described: Metadata, key: str, value: Tensor) -> bool:
+    return key in described.probes and probe_agrees(value, described.probes[key])
+
+
+def _owned(placement: Placement, values: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of one layer in memory of their own; the trainable ones in `dtype`."""
+    dtypes = {
+        name: dtype if spec.trainable and spec.dtype is None else None
+        for name, spec in placement.specs.items()
+    }
+    return own_copies(placement, values, dtypes)

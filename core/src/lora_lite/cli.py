@@ -1,4 +1,8 @@
-"""The command `lora-lite`: variants, plan, inspect, new, conform."""
+"""The command `lora-lite`: variants, plan, inspect, new, conform.
+
+Each command is one function that gives its arguments to the parser, and one that runs it and
+returns what is printed.
+"""
 
 import argparse
 import json
@@ -13,9 +17,14 @@ from torch import nn
 
 from lora_lite import fileformat
 from lora_lite.errors import LoraLiteError
-from lora_lite.plugins import make_variant, variant_class, variants
-from lora_lite.targets import plan
+from lora_lite.fields import make_variant
+from lora_lite.fileformat import Metadata
+from lora_lite.placements import plan
+from lora_lite.plugins import variant_class, variants
 from lora_lite.testing.new import new
+
+Run = Callable[[argparse.Namespace], str]
+NONE_INSTALLED = "no variant is installed; try pip install lora-lite-lora"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,13 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         print(options.run(options))
-        return 0
     except LoraLiteError as error:
-        told = str(error)
+        return _failed(str(error))
     except ModuleNotFoundError as error:
         package = "transformers" if error.name == "transformers" else "lora-lite-core[testing]"
-        told = f"this command needs {error.name}; pip install {package}"
-    print(f"lora-lite: {told}", file=sys.stderr)
+        return _failed(f"this command needs {error.name}; pip install {package}")
+    return 0
+
+
+def _failed(message: str) -> int:
+    print(f"lora-lite: {message}", file=sys.stderr)
     return 1
 
 
@@ -37,78 +49,81 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-lite", description="Adapters for PyTorch models.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(
-        run: Callable[[argparse.Namespace], str], about: str, **positional: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.strip("_"), help=about)
+    def command(name: str, run: Run, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about)
         added.set_defaults(run=run)
-        for name, text in positional.items():
-            added.add_argument(name, help=text)
         return added
 
-    listing = command(_variants, "list the installed variants")
-    listing.add_argument(
-        "--check",
-        action="store_true",
-        help="load each of them, and say which cannot be used and why",
+    _variants_arguments(command("variants", _variants, "list the installed variants"))
+    _plan_arguments(
+        command("plan", _plan, "show what attach would do, without loading any weights")
     )
-    model = "a directory or hub id of a transformers model; only its configuration is read"
-    planning = command(
-        _plan,
-        "show what attach would do, without loading weights",
-        model=model,
-        variant="an installed variant",
+    _inspect_arguments(
+        command("inspect", _inspect, "show what a file holds, without its plugin or a model")
     )
-    planning.add_argument(
-        "--targets", action="append", help="a regular expression on layer names; may be repeated"
+    _new_arguments(
+        command("new", _new, "write the package of a new variant: code, tests, CI, licence")
     )
-    planning.add_argument("--exclude", action="append", help="likewise, taken away again")
-    planning.add_argument("--layers", type=int, nargs="+", help="indices of the repeated blocks")
-    planning.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the variant"
+    _conform_arguments(
+        command("conform", _conform, "hold a variant to every promise of the conformance suite")
     )
-    command(_inspect, "show what a file holds, without its plugin or a model", file="of an adapter")
-    command(
-        _new,
-        "write the package of a new variant: code to replace, tests, CI, licence",
-        name="such as my-method",
-    )
-    variant = "an installed variant, or module:Class of a Variant or of a VariantTests"
-    command(_conform, "hold a variant to every promise of the conformance suite", variant=variant)
     return parser
 
 
+# --- variants
+
+
+def _variants_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "load each of them, and say which cannot be used and why"
+    parser.add_argument("--check", action="store_true", help=about)
+
+
 def _variants(options: argparse.Namespace) -> str:
-    found, rows, broken = variants(), [], []
+    found = variants()
+    lines: list[str] = []
+    broken: list[str] = []
     for info in found.values():
-        rows.append(f"{info.name:<18} {info.distribution} {info.version}  ({info.target})")
-        if options.check:
-            try:
-                variant_class(info.name)
-            except LoraLiteError as error:
-                broken.append(info.name)
-                rows.append(f"  cannot be used: {error}")
+        lines.append(f"{info.name:<18} {info.distribution} {info.version}  ({info.target})")
+        problem = _why_unusable(info.name) if options.check else ""
+        if problem:
+            broken.append(info.name)
+            lines.append(f"  cannot be used: {problem}")
     if broken:
-        print(*rows, sep="\n")
+        print("\n".join(lines))
         raise LoraLiteError(
             f"{len(broken)} of {len(found)} variants cannot be used: {', '.join(broken)}"
         )
-    return "\n".join(rows) or "no variant is installed; try pip install lora-lite-lora"
+    return "\n".join(lines) or NONE_INSTALLED
 
 
-def _new(options: argparse.Namespace) -> str:
-    folder = new(options.name, Path())
-    return f"wrote {folder}; next: cd {folder} && pip install -e .[test] && pytest"
+def _why_unusable(name: str) -> str:
+    try:
+        variant_class(name)
+    except LoraLiteError as error:
+        return str(error)
+    return ""
 
 
-def _conform(options: argparse.Namespace) -> str:
-    from lora_lite.testing.conform import conform
+# --- plan
 
-    return conform(options.variant, partial(print, flush=True))
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    model = "a directory or hub id of a transformers model; only its configuration is read"
+    parser.add_argument("model", help=model)
+    parser.add_argument("variant", help="an installed variant")
+    targets = "a regular expression for paths of layers; may be repeated"
+    parser.add_argument("--targets", action="append", help=targets)
+    exclude = "a regular expression for layers to leave out; may be repeated"
+    parser.add_argument("--exclude", action="append", help=exclude)
+    parser.add_argument("--layers", type=int, nargs="+", help="indices of the repeated blocks")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the variant"
+    )
 
 
 def _plan(options: argparse.Namespace) -> str:
-    variant = make_variant(options.variant, dict(_assignment(text) for text in options.set))
+    fields = dict(_assignment(text) for text in options.set)
+    variant = make_variant(options.variant, fields)
     model = _empty_model(options.model)
     return str(
         plan(
@@ -118,10 +133,10 @@ def _plan(options: argparse.Namespace) -> str:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    """`r=8` as ("r", 8): a JSON value where it is one, else text."""
+    """`r=8` as ("r", 8): a JSON value if it is one, else text."""
     field, separator, value = text.partition("=")
     if not separator:
-        raise LoraLiteError(f"--set {text}: expected FIELD=VALUE, such as --set r=8")
+        raise LoraLiteError(f"--set {text} is not FIELD=VALUE, such as --set r=8")
     try:
         return field, json.loads(value)
     except json.JSONDecodeError:
@@ -142,19 +157,63 @@ def _empty_model(name: str) -> nn.Module:
     return model
 
 
+# --- inspect
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="of an adapter")
+
+
 def _inspect(options: argparse.Namespace) -> str:
-    header, tensors = fileformat.read(options.file)
+    described, tensors = fileformat.read(options.file)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    derived = "in the file" if described.derived else "left out; derived again on loading"
+    base = "needed as it was" if described.uses_base else "the tensors do not depend on its weights"
     lines = [
-        f"variant      {header.variant} (format {header.variant_format})",
-        f"written by   {header.provider}, lora-lite-core {header.core}, file format {header.format}",
-        f"seed, scale  {header.seed}, {header.scale:g}",
-        f"tensors      {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers: {', '.join(header.dtypes)}",
-        f"derived      {'in the file' if header.derived else 'left out; derived from the base and verified on loading'}",
-        f"base         {'needed as it was' if header.uses_base else 'tensors do not depend on its weights'}",
+        f"written by   lora-lite-core {described.core}, file format {described.format}",
+        f"seed, scale  {described.seed}, {described.scale:g}",
+        f"tensors      {len(tensors)}, {numbers:,} numbers: {', '.join(described.dtypes)}",
+        f"derived      {derived}",
+        f"base         {base}",
+        *_configuration_lines(described),
     ]
-    for fields in dict.fromkeys(header.sites.values()):
-        lines += [
-            f"fields       {fields}",
-            *(f"  {site}" for site, own in header.sites.items() if own == fields),
-        ]
-    return "\n".join(lines)
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _configuration_lines(described: Metadata) -> list[str]:
+    """Each variant of the file, with its fields and its layers."""
+    lines = []
+    for number, configuration in enumerate(described.configurations):
+        name, version = configuration.variant, configuration.variant_format
+        lines.append(f"variant      {name} (format {version}), {configuration.provider}")
+        lines.append(f"fields       {configuration.fields}")
+        lines += [f"  {path}" for path, index in described.sites.items() if index == number]
+    return lines
+
+
+def _printable(line: str) -> str:
+    """Without what a terminal would take for a command: a file may hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
+# --- new, conform
+
+
+def _new_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="such as my-method")
+
+
+def _new(options: argparse.Namespace) -> str:
+    folder = new(options.name, Path())
+    return f"wrote {folder}; next: cd {folder} && pip install -e .[test] && pytest"
+
+
+def _conform_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "an installed variant, or module:Class of a Variant or of a VariantTests"
+    parser.add_argument("variant", help=about)
+
+
+def _conform(options: argparse.Namespace) -> str:
+    from lora_lite.testing.conform import conform
+
+    return conform(options.variant, partial(print, flush=True))

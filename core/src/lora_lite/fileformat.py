@@ -1,43 +1,63 @@
-"""The file: safetensors with validated metadata, written atomically. No pickle, no code, nothing executed.
+"""The file: safetensors with validated metadata. No pickle, no code, nothing executed.
 
-Tensors go by `site path . tensor name`, without the adapter's name. The metadata is one JSON text under the key
-`lora_lite`.
+Tensors go by `path of the layer . name of the tensor`, without the adapter's name. The metadata is
+one JSON text, a `Metadata`, under the key `lora_lite`. Beside it stands a digest of the whole file,
+made with zeros in its own place.
+
+`read` trusts nothing: the file's size, its header, its digest, then the metadata, then the tensors.
 """
 
-import json
+import hashlib
 import os
+import stat
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import safetensors
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from lora_lite.atomic import write_atomically
 from lora_lite.errors import AdapterFileError
-from lora_lite.fingerprint import PROBES
+from lora_lite.fingerprint import BYTES_PER_SAMPLE, MOST_PER_SITE, PROBES
+from lora_lite.foreign import explain
+from lora_lite.warn import warn
 
 FilePath = str | os.PathLike[str]
-FORMAT = 1
+FORMAT = 2
 KEY = "lora_lite"
+DIGEST_KEY = "lora_lite_digest"
+ZEROS = "0" * 64
+
+# A header of safetensors is at most this long; the JSON of a real adapter is far below it.
+LONGEST_HEADER = 100_000_000
+LONGEST_METADATA = 32_000_000
+
+# torch has arithmetic for these, so that their values can be checked.
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+Path = Annotated[str, Field(max_length=4096)]
+Samples = Annotated[
+    bytes, Field(min_length=BYTES_PER_SAMPLE, max_length=BYTES_PER_SAMPLE * MOST_PER_SITE)
+]
+Probes = Annotated[list[float], Field(min_length=PROBES, max_length=PROBES)]
 
 
-class Metadata(BaseModel):
-    """What a file says of itself.
-
-    Attributes:
-        format: of the file; a newer one is refused.
-        variant, variant_format: the method's name, and the `Variant.format` that its fields and tensors follow.
-        provider, core: distributions and versions that wrote the file.
-        sites: the variant's fields at each site, as JSON.
-        seed, scale: of the adapter.
-        dtypes: of the tensors in the file, as `dtypes_of` gives them.
-        derived: whether derived tensors are in the file; where they are not, `probes` verify them.
-        uses_base: whether tensors were computed from the base's weights.
-        fingerprint: samples of the base's weights by site.
-    """
+class Record(BaseModel):
+    """A part of the metadata: strict, and without unknown fields."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -48,41 +68,150 @@ class Metadata(BaseModel):
         val_json_bytes="base64",
     )
 
-    format: int = FORMAT
+
+class Configuration(Record):
+    """A variant with its fields, as some layers of the adapter have it.
+
+    Attributes:
+        variant: its name.
+        variant_format: the `Variant.format` that fields and tensors follow.
+        provider: the distribution that it comes from, and its version.
+        fields: as JSON.
+    """
+
+    variant: Annotated[str, Field(min_length=1, max_length=200)]
+    variant_format: int
+    provider: str
+    fields: str
+
+
+class Metadata(Record):
+    """What a file says of itself.
+
+    Attributes:
+        format: of the file.
+        core: the version of lora-lite-core that wrote it.
+        configurations: the variants of the adapter.
+        sites: for the path of each layer, the index of its configuration.
+        seed: of the adapter.
+        scale: of the adapter.
+        dtypes: of the tensors in the file, as `dtypes_of` gives them.
+        derived: whether derived tensors are in the file; if they are not, `probes` verify them.
+        uses_base: whether tensors were computed from the base's weights.
+        fingerprint: samples of the base's weights by layer.
+        probes: of the derived tensors that are not in the file.
+    """
+
+    format: Literal[2] = 2
+    core: str
+    configurations: Annotated[list[Configuration], Field(min_length=1)]
+    sites: Annotated[dict[Path, int], Field(min_length=1)]
+    seed: int
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    dtypes: list[str]
+    derived: bool
+    uses_base: bool
+    fingerprint: dict[Path, Samples]
+    probes: dict[Path, Probes]
+
+    def of(self, path: str) -> Configuration:
+        """The configuration of one layer."""
+        return self.configurations[self.sites[path]]
+
+
+class FirstMetadata(Record):
+    """The metadata of format 1: one variant for all layers, and no digest."""
+
+    format: Literal[1]
     variant: str
     variant_format: int
     provider: str
     core: str
-    sites: dict[str, str] = Field(min_length=1)
+    sites: Annotated[dict[Path, str], Field(min_length=1)]
     seed: int
-    scale: float
+    scale: Annotated[float, Field(allow_inf_nan=False)]
     dtypes: list[str]
     derived: bool
     uses_base: bool
-    fingerprint: dict[str, bytes]
-    probes: dict[str, Annotated[list[float], Field(min_length=PROBES, max_length=PROBES)]]
+    fingerprint: dict[Path, Samples]
+    probes: dict[Path, Probes]
+
+    def upgraded(self) -> Metadata:
+        """The same in today's format."""
+        texts = list(dict.fromkeys(self.sites.values()))
+        same = self.model_dump(exclude={"format", "variant", "variant_format", "provider", "sites"})
+        return Metadata(
+            configurations=[
+                Configuration(
+                    variant=self.variant,
+                    variant_format=self.variant_format,
+                    provider=self.provider,
+                    fields=text,
+                )
+                for text in texts
+            ],
+            sites={path: texts.index(text) for path, text in self.sites.items()},
+            **same,
+        )
+
+
+class _Version(BaseModel):
+    """The two fields that every format has."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    core: str = "of an unknown version"
+
+
+# --- writing
 
 
 def write(path: FilePath, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
-    """Write all of it or nothing: a temporary file beside the target, synced, then renamed over it.
+    """Write all of it or nothing. The bytes are made before anything is touched.
 
     Raises:
         AdapterFileError: the path cannot be written; a file that was there before is untouched.
     """
-    target = Path(path)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = _own_memory(tensors)
+    data = bytearray(save(contents, {KEY: metadata.model_dump_json(), DIGEST_KEY: ZEROS}))
+    start = data.index(ZEROS.encode(), data.index(DIGEST_KEY.encode()))
+    data[start : start + len(ZEROS)] = hashlib.sha256(data).hexdigest().encode()
     try:
-        with temporary.open("wb") as file:
-            file.write(save(contents, {KEY: metadata.model_dump_json()}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise AdapterFileError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        write_atomically(path, data)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterFileError(
+            f"{_shown(path)} cannot be written: {reason}",
+            expected="A file that was there before is untouched",
+            path=_shown(path),
+        ) from error
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU. safetensors refuses those that share their memory."""
+    contents: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.nbytes() != own.nbytes or storage.data_ptr() in used:
+            own = own.clone()
+        used.add(own.untyped_storage().data_ptr())
+        contents[name] = own
+    return contents
+
+
+def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor name with its dtype, or dtypes if the layers differ: `["A float32", …]`."""
+    return sorted({f"{key.rpartition('.')[2]} {_dtype_name(t)}" for key, t in tensors.items()})
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# --- reading
 
 
 def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
@@ -91,37 +220,136 @@ def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
     Raises:
         AdapterFileError: no such file, not an adapter of lora-lite, damaged, or of a newer format.
     """
+    data = _bytes(path)
+    texts = _texts(path, data)
+    if KEY not in texts:
+        raise _error(path, "is not an adapter of lora-lite", explain(path))
+    version = _version(path, texts[KEY])
+    if DIGEST_KEY in texts:
+        _verify(path, data, texts[DIGEST_KEY])
+    elif version == FORMAT:
+        raise _error(path, "is damaged: it has no digest")
+    metadata = _metadata(path, texts[KEY], version)
+    return metadata, _tensors(path, data)
+
+
+def _bytes(path: FilePath) -> bytes:
+    """All bytes of a regular file: a pipe or a device might never end."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            # A clone, since the file's own memory is not aligned and sums over it differ in the last bit.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterFileError(f"{path} cannot be read as safetensors: {error}") from error
-    if text is None:
+        if os.path.isdir(path):
+            raise _error(path, "is a folder, not a file", explain(path))
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise _error(path, "is not a regular file")
+            return file.read()
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise _error(path, f"cannot be read: {reason}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe waits for its other end, unless told not to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _texts(path: FilePath, data: bytes) -> dict[str, str]:
+    """The texts in the header."""
+    length = int.from_bytes(data[:8], "little") if len(data) >= 8 else 0
+    if not 0 < length <= min(len(data) - 8, LONGEST_HEADER):
+        raise _error(path, "cannot be read as safetensors", explain(path))
+    try:
+        return _Header.model_validate_json(data[8 : 8 + length]).texts
+    except (ValidationError, ValueError, RecursionError):
+        raise _error(path, "has a damaged header") from None
+
+
+class _Header(BaseModel):
+    """The part of safetensors' header that holds texts."""
+
+    texts: dict[str, str] = Field(default_factory=dict, alias="__metadata__")
+
+
+def _version(path: FilePath, text: str) -> int:
+    """The file's format, 1 to `FORMAT`."""
+    if len(text) > LONGEST_METADATA:
+        raise _error(path, f"has damaged metadata: {len(text):,} characters")
+    try:
+        version = _Version.model_validate_json(text)
+    except (ValueError, RecursionError) as error:
+        raise _error(path, f"has damaged metadata: {_first_line(error)}") from None
+    if version.format > FORMAT:
         raise AdapterFileError(
-            f"{path} is not an adapter of lora-lite: its metadata has no {KEY!r}"
+            f"{_shown(path)} has file format {version.format:.6g}, written by lora-lite-core "
+            f"{version.core[:40]}",
+            expected=f"The installed core reads formats up to {FORMAT}",
+            fix="pip install --upgrade lora-lite-core",
+            path=_shown(path),
         )
+    if version.format < 1:
+        raise _error(path, f"has damaged metadata: format {version.format:.6g}")
+    return version.format
+
+
+def _verify(path: FilePath, data: bytes, digest: str) -> None:
+    """Compare the digest with what the file holds."""
+    start = data.find(digest.encode())
+    view = memoryview(data)
+    found = hashlib.sha256(view[:start])
+    found.update(ZEROS.encode())
+    found.update(view[start + len(ZEROS) :])
+    if found.hexdigest() != digest:
+        raise _error(path, "is damaged: its contents are not what was written")
+
+
+def _metadata(path: FilePath, text: str, version: int) -> Metadata:
     try:
-        loaded: Any = json.loads(text)
-        version = loaded.get("format") if isinstance(loaded, dict) else None
-        if isinstance(version, int) and version > FORMAT:
-            newer = (
-                f"{path} has file format {version}, written by lora-lite-core {loaded.get('core')}"
+        if version == 1:
+            warn(
+                f"{_shown(path)} is of file format 1, which has no digest, so that damage to it "
+                "may go unnoticed",
+                advice="Save the adapter again",
             )
-            raise AdapterFileError(
-                f"{newer}; this one reads up to {FORMAT}. pip install --upgrade lora-lite-core"
-            )
-        return Metadata.model_validate_json(text), tensors
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise AdapterFileError(f"{path} has damaged metadata: {error}") from None
+            metadata = FirstMetadata.model_validate_json(text).upgraded()
+        else:
+            metadata = Metadata.model_validate_json(text)
+    except (ValueError, RecursionError) as error:
+        raise _error(path, f"has damaged metadata: {_first_line(error)}") from None
+    if not all(0 <= index < len(metadata.configurations) for index in metadata.sites.values()):
+        raise _error(path, "has damaged metadata: a layer without a configuration")
+    return metadata
 
 
-def dtypes_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor name with its dtype, or dtypes where the sites differ, such as `["A float32", "B float32"]`."""
-    return sorted(
-        {
-            f"{key.rpartition('.')[2]} {str(t.dtype).removeprefix('torch.')}"
-            for key, t in tensors.items()
-        }
-    )
+def _tensors(path: FilePath, data: bytes) -> dict[str, Tensor]:
+    try:
+        # Copies, since the file's own memory is not aligned, and sums over it differ in the last
+        # bit.
+        tensors = {key: value.clone() for key, value in load(data).items()}
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise _error(path, f"cannot be read as safetensors: {error}") from error
+    unknown = [key for key, tensor in tensors.items() if tensor.dtype not in DTYPES]
+    if unknown:
+        raise _error(path, f"has tensors of dtypes that adapters do not have: {unknown[:3]}")
+    return tensors
+
+
+# --- words
+
+
+def _error(path: FilePath, problem: str, fix: str = "") -> AdapterFileError:
+    return AdapterFileError(f"{_shown(path)} {problem}", fix=fix, path=_shown(path))
+
+
+def _shown(path: FilePath) -> str:
+    """A path for an error, also one that no file system knows."""
+    return str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _first_line(error: Exception) -> str:
+    """What a validation complains about, without the value, which may be very long."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:80] for part in first["loc"])
+        return f"{where}: {first['msg'][:200]}" if where else str(first["msg"])[:200]
+    return str(error)[:200]

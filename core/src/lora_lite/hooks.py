@@ -2,167 +2,256 @@
 
     x' = x + Σ s Δx(x),        y' = (W x' + b) + Σ s Δy(x', W x' + b)
 
-One `SiteHooks` a layer, whatever the number of adapters, holds one `Entry` for each. Neither holds a module or anything of
-a call, so a model with adapters can be copied, pickled, compiled, checkpointed and wrapped.
+One `LayerHooks` on each layer, whatever the number of adapters, serves one `Attachment` for each of
+them; the attachments of one adapter share an `AdapterState`. None of the three holds a module or
+anything of a call, so that a model with adapters can be copied, pickled, compiled, checkpointed and
+wrapped.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lora_lite.calibration import describe
-from lora_lite.errors import AdapterError, VariantContractError
+from lora_lite.author_mistakes import calling, checked_delta, checked_prepared
+from lora_lite.errors import AdapterError
 from lora_lite.layers import layer_input
-from lora_lite.targets import Placement
-from lora_lite.variant import ScaledVariant, Site, Variant
+from lora_lite.recipe import Recipe
+from lora_lite.site import LayerSpec, Site
+from lora_lite.tensor_spec import TensorSpec
+from lora_lite.variant import ScaledVariant, Variant, overrides
 
 
-class Control:
-    """What all sites of one adapter share, and what `Adapter` turns: its scale, and whether it is on or frozen."""
+@dataclass(eq=False)
+class AdapterState:
+    """What all layers of one adapter share.
 
-    def __init__(
-        self, name: str, variant: Variant, seed: int, scale: float = 1.0, uses_base: bool = False
-    ) -> None:
-        self.name, self.variant, self.seed, self.scale, self.uses_base = (
-            name,
-            variant,
-            seed,
-            scale,
-            uses_base,
-        )
-        self.enabled, self.frozen = True, False
-        self.entries: dict[str, Entry] = {}
+    Attributes:
+        name: under which it is attached.
+        recipe: the variants, as asked for.
+        seed: of the random start values.
+        scale: the factor s.
+        uses_base: whether any tensor was computed from the base's weights.
+        is_loaded: whether it came from a file.
+        was_trained: whether a training forward of the whole model has ended since it came.
+        enabled: whether the user has it on.
+        is_active: whether it is on and nothing has disabled it for a while.
+        is_frozen: whether what `prepare` returns may be used again.
+        attachments: by the path of the layer; empty once it is detached.
+    """
+
+    name: str
+    recipe: Recipe
+    seed: int
+    scale: float = 1.0
+    uses_base: bool = False
+    is_loaded: bool = False
+    was_trained: bool = False
+    enabled: bool = True
+    is_active: bool = True
+    is_frozen: bool = False
+    attachments: "dict[str, Attachment]" = field(default_factory=dict)
+    _disabling: set[object] = field(default_factory=set)
+    _freezing: set[object] = field(default_factory=set)
+
+    def switch(self, enabled: bool) -> None:
+        """Turn it on or off."""
+        self.enabled = enabled
+        self.is_active = enabled and not self._disabling
+
+    def disable(self, token: object) -> None:
+        """Disable it until `end_disable` is called with the same token. Several may overlap."""
+        self._disabling.add(token)
+        self.is_active = False
+
+    def end_disable(self, token: object) -> None:
+        """Undo `disable`."""
+        self._disabling.discard(token)
+        self.is_active = self.enabled and not self._disabling
+
+    def freeze(self, token: object) -> None:
+        """Let `prepare` run once until `end_freeze` is called with the same token."""
+        self._freezing.add(token)
+        self.is_frozen = True
+
+    def end_freeze(self, token: object) -> None:
+        """Undo `freeze`; with the last token go the prepared tensors."""
+        self._freezing.discard(token)
+        self.is_frozen = bool(self._freezing)
+        if not self.is_frozen:
+            for attachment in self.attachments.values():
+                attachment.prepared.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no context: it is neither disabled nor frozen."""
+        fresh = {"_disabling": set(), "_freezing": set(), "is_frozen": False}
+        return {**self.__dict__, **fresh, "is_active": self.enabled}
 
 
-class Entry:
-    """One adapter at one site."""
+@dataclass(eq=False)
+class Attachment:
+    """One adapter on one layer.
 
-    def __init__(self, control: Control, placement: Placement) -> None:
-        cls = type(placement.variant)
-        self.control, self.spot, self.variant = control, placement.spot, placement.variant
-        self.specs = dict(placement.specs)
-        self.attributes = {name: attribute(control.name, name) for name in self.specs}
-        self.prepares = cls.prepare not in (Variant.prepare, ScaledVariant.prepare)
-        self.has_input_delta = cls.delta_input not in (
-            Variant.delta_input,
-            ScaledVariant.delta_input,
-        )
-        self.has_output_delta = cls.delta_output not in (
-            Variant.delta_output,
-            ScaledVariant.delta_output,
-        )
-        self.prepared: dict[tuple[torch.dtype, float], dict[str, Tensor]] = {}
+    Attributes:
+        state: of the adapter.
+        layer: where it is.
+        variant: for this layer.
+        specs: the tensors, by name.
+        prepared: what `prepare` returned under `frozen()`, by dtype of the activation and scale.
+    """
+
+    state: AdapterState
+    layer: LayerSpec
+    variant: Variant
+    specs: Mapping[str, TensorSpec]
+    prepared: dict[tuple[torch.dtype, float], dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cls = type(self.variant)
+        self.prepares = overrides(cls, "prepare")
+        self.has_input_delta = overrides(cls, "delta_input")
+        self.has_output_delta = overrides(cls, "delta_output")
+        self.keys = {name: attribute(self.state.name, name) for name in self.specs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "prepared": {}}
 
     def stored(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The tensors as they are stored on the layer."""
-        return {name: getattr(module, key) for name, key in self.attributes.items()}
+        return {name: getattr(module, key) for name, key in self.keys.items()}
 
-    def delta(self, module: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The factor s times Δy for the output y, or times Δx without one."""
-        like, scale = x if y is None else y, self.control.scale
-        extra = {"scale": scale} if self.variant.takes_scale else {}
-        site, t = Site(self.spot, module), self._read(module, like)
+    def input_delta(self, module: nn.Module, x: Tensor) -> Tensor:
+        """S Δx, for the layer's input."""
+        site = Site(self.layer, module)
+        t = self._tensors(module, site, x)
+        with _calling(self.variant, "delta_input"):
+            if self.variant.takes_scale:
+                scaled = cast(ScaledVariant, self.variant)
+                delta = scaled.delta_input(site, t, x, scale=self.state.scale)
+            else:
+                delta = self.variant.delta_input(site, t, x)
+        return self._times_scale(checked_delta(self.variant, "delta_input", delta, x))
+
+    def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """S Δy, for the layer's output."""
+        site = Site(self.layer, module)
+        t = self._tensors(module, site, y)
+        with _calling(self.variant, "delta_output"):
+            if self.variant.takes_scale:
+                scaled = cast(ScaledVariant, self.variant)
+                delta = scaled.delta_output(site, t, x, y, scale=self.state.scale)
+            else:
+                delta = self.variant.delta_output(site, t, x, y)
+        return self._times_scale(checked_delta(self.variant, "delta_output", delta, y))
+
+    def _times_scale(self, delta: Tensor) -> Tensor:
+        scale = self.state.scale
+        return delta if self.variant.takes_scale or scale == 1.0 else delta * scale
+
+    def _tensors(self, module: nn.Module, site: Site, like: Tensor) -> dict[str, Tensor]:
+        """The stored tensors as the deltas read them, and what `prepare` adds to them."""
+        t = self._cast(module, like)
         if self.prepares:
-            t.update(self._prepare(site, t, like, extra))
-        variant = self.variant
-        delta = (
-            variant.delta_input(site, t, x, **extra)
-            if y is None
-            else variant.delta_output(site, t, x, y, **extra)
-        )
-        if (
-            delta.shape == like.shape
-            and delta.dtype != like.dtype
-            and torch.is_autocast_enabled(like.device.type)
-        ):
-            delta = delta.to(like.dtype)
-        if delta.shape != like.shape or delta.dtype != like.dtype:
-            gave = f"variant {variant.name!r} gave a delta of {describe(delta)} for an activation of {describe(like)}"
-            raise VariantContractError(
-                f"{gave}; a delta has the shape and dtype of what it is added to"
-            )
-        return delta if extra or scale == 1.0 else delta * scale
-
-    def _read(self, module: nn.Module, like: Tensor) -> dict[str, Tensor]:
-        dtypes = {
-            "activation": like.dtype,
-            "float32": torch.promote_types(like.dtype, torch.float32),
-        }
-        t: dict[str, Tensor] = {}
-        for name, value in self.stored(module).items():
-            if value.device != like.device:
-                where = f"tensor {self.attributes[name]!r} is on {value.device}, the activation on {like.device}"
-                raise AdapterError(
-                    f"{where}; attach or load where the model shall stay, or move both with model.to(device)"
-                )
-            # An index stays what it is.
-            t[name] = (
-                value.to(dtypes[self.specs[name].compute]) if value.is_floating_point() else value
-            )
+            t.update(self._prepared(site, t, like))
         return t
 
-    def _prepare(
-        self, site: Site, t: dict[str, Tensor], like: Tensor, extra: dict[str, float]
-    ) -> dict[str, Tensor]:
-        """Under `frozen()` the same for every call without gradients; else afresh. Autocast would undo `TensorSpec.compute`."""
-        reuse = self.control.frozen and not torch.is_grad_enabled()
-        key = (like.dtype, self.control.scale)
+    def _cast(self, module: nn.Module, like: Tensor) -> dict[str, Tensor]:
+        at_least_float32 = torch.promote_types(like.dtype, torch.float32)
+        t: dict[str, Tensor] = {}
+        for name, key in self.keys.items():
+            value: Tensor = getattr(module, key)
+            if value.device != like.device:
+                raise AdapterError(
+                    f"tensor {self.keys[name]!r} is on {value.device}, and the activation on "
+                    f"{like.device}",
+                    fix="Attach or load after the model was moved, or move both: model.to(device)",
+                )
+            if value.is_floating_point():
+                in_float32 = self.specs[name].compute == "float32"
+                value = value.to(at_least_float32 if in_float32 else like.dtype)
+            t[name] = value
+        return t
+
+    def _prepared(self, site: Site, t: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """Under `frozen()` the same tensors for every call without gradients; else fresh ones."""
+        reuse = self.state.is_frozen and not torch.is_grad_enabled()
+        key = (like.dtype, self.state.scale)
         if reuse and key in self.prepared:
             return self.prepared[key]
+        # Autocast would undo `TensorSpec.compute`.
         with torch.autocast(like.device.type, enabled=False):
-            prepared = self.variant.prepare(site, t, **extra)
-        prepared |= {name: prepared[name].detach() for name in self.variant.detached}
+            prepared = self._prepare(site, t)
+        for name in self.variant.detached:
+            prepared[name] = prepared[name].detach()
         if reuse:
             self.prepared[key] = prepared
         return prepared
 
+    def _prepare(self, site: Site, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        with _calling(self.variant, "prepare"):
+            if self.variant.takes_scale:
+                scaled = cast(ScaledVariant, self.variant)
+                prepared = scaled.prepare(site, t, scale=self.state.scale)
+            else:
+                prepared = self.variant.prepare(site, t)
+        return checked_prepared(self.variant, prepared, self.specs, "")
 
-class SiteHooks:
-    """The two hooks of one layer, and the adapters they serve, in the order of their names: the sum of the deltas does not
-    depend on the order of attachment.
+
+class LayerHooks:
+    """The two hooks of one layer, and the attachments that they serve.
+
+    These are in the order of the adapters' names, so that the sum of the deltas does not depend on
+    the order of attachment.
+
+    Attributes:
+        attachments: one for each adapter on the layer.
+        was_called: whether the layer was called since the hooks came. Not kept under compile.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.entries: tuple[Entry, ...] = ()
-        # Ahead of the hooks that are there, so that users' own hooks see the adapted y.
-        before = module.register_forward_pre_hook(self.before, with_kwargs=True)
-        after = module.register_forward_hook(self.after, with_kwargs=True, prepend=True)
-        self.handles: tuple[RemovableHandle, ...] = (before, after)
+    def __init__(self) -> None:
+        self.attachments: tuple[Attachment, ...] = ()
+        self.was_called = False
 
-    def add(self, entry: Entry) -> None:
+    def add(self, attachment: Attachment) -> None:
         """Serve one adapter more."""
-        self.entries = tuple(sorted((*self.entries, entry), key=lambda e: e.control.name))
+        attachments = (*self.attachments, attachment)
+        self.attachments = tuple(sorted(attachments, key=lambda each: each.state.name))
 
-    def remove(self, entry: Entry) -> None:
-        """Serve one adapter less; the hooks go with the last."""
-        self.entries = tuple(other for other in self.entries if other is not entry)
-        for handle in () if self.entries else self.handles:
-            handle.remove()
+    def remove(self, state: AdapterState) -> None:
+        """Serve one adapter less."""
+        self.attachments = tuple(each for each in self.attachments if each.state is not state)
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The forward pre-hook: adds the input deltas."""
+        if not torch.compiler.is_compiling():
+            self.was_called = True
         x = layer_input(args, kwargs)
         deltas = [
-            entry.delta(module, x)
-            for entry in self.entries
-            if entry.has_input_delta and entry.control.enabled
+            attachment.input_delta(module, x)
+            for attachment in self.attachments
+            if attachment.has_input_delta and attachment.state.is_active
         ]
         if not deltas:
             return None
         x = sum(deltas, start=x)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+        if args:
+            return (x, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): x}
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor | None:
+        """The forward hook: adds the output deltas."""
         x = layer_input(args, kwargs)
         deltas = [
-            entry.delta(module, x, y)
-            for entry in self.entries
-            if entry.has_output_delta and entry.control.enabled
+            attachment.output_delta(module, x, y)
+            for attachment in self.attachments
+            if attachment.has_output_delta and attachment.state.is_active
         ]
         return sum(deltas, start=y) if deltas else None
 
@@ -172,7 +261,6 @@ def attribute(adapter: str, tensor: str) -> str:
     return f"lora_{adapter}_{tensor}"
 
 
-def hooks_of(module: nn.Module) -> SiteHooks | None:
-    """The adapter hooks on a layer, if it has any."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, SiteHooks)), None)
+def _calling(variant: Variant, method: str) -> AbstractContextManager[None]:
+    """`calling`, except in what a compiler traces. No path: a delta must not depend on one."""
+    return nullcontext() if torch.compiler.is_compiling() else calling(variant, method)

@@ -1,7 +1,7 @@
 """What a plugin may provide, as pluggy sees it.
 
-Authors write neither hook: an entry point's object is a `Variant` or `LayerKind` class, whose base carries the
-implementation.
+Authors write neither hook: an entry point's object is a `Variant` or `LayerKind` class, whose base
+carries the implementation.
 """
 
 from __future__ import annotations
@@ -27,4 +27,6 @@ def lora_lite_variant(name: str) -> type[Variant] | None:
 
 @hookspec(firstresult=True)
 def lora_lite_layer_kind(module: nn.Module) -> LayerKind | None:
-    """The kind that can read `module` as a linear layer, or None. Entry-point group `lora_lite.layers`."""
+    """The kind that can read `module` as a linear layer, or None. Entry-point group
+    `lora_lite.layers`.
+    """

@@ -1,7 +1,8 @@
 """Which modules are linear layers, and how to read a dense weight from each kind.
 
-`nn.Linear` and GPT-2's `Conv1D` are known here; a plugin teaches more (entry-point group `lora_lite.layers`, named after
-the root package of the layers it teaches, loaded only when a model holds a module from there).
+`nn.Linear` and GPT-2's `Conv1D` are known here. A plugin teaches more: in the entry-point group
+`lora_lite.layers`, named after the root package of the layers that it teaches, and loaded only when
+a model holds a module from there.
 """
 
 import sys
@@ -13,20 +14,26 @@ from torch import Tensor, nn
 
 from lora_lite.hookspecs import hookimpl
 
+# What linear layers of different packages call their sizes.
+SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
 
 class LayerKind(ABC):
-    """How to read one kind of linear layer, y = x Wᵀ + b. Stateless and picklable: every method is given the module."""
+    """How to read one kind of linear layer, y = x Wᵀ + b.
+
+    A kind is stateless and can be pickled: every method is given the module.
+    """
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is of this kind, and its forward is the one this kind describes."""
+        """Whether `module` is of this kind, and its forward is the one that this kind describes."""
 
     @abstractmethod
     def weight(self, module: nn.Module) -> Tensor:
         """W, dense, shape (d_out, d_in). It may share memory with the module."""
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(d_in, d_out). To be overridden where W is costly, or is not there on the meta device."""
+        """(d_in, d_out). Override it if W is costly, or is not there on the meta device."""
         d_out, d_in = self.weight(module).shape
         return d_in, d_out
 
@@ -35,7 +42,7 @@ class LayerKind(ABC):
         return getattr(module, "bias", None)
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype the layer computes in."""
+        """The dtype in which the layer computes."""
         return self.weight(module).dtype
 
     def matmul(self, module: nn.Module, m: Tensor) -> Tensor:
@@ -43,10 +50,16 @@ class LayerKind(ABC):
         return m @ self.weight(module).detach().to(m.dtype).T
 
     def enter(self, module: nn.Module) -> None:
-        """Called when the first adapter comes to the model that holds `module`, be it for this layer or for others."""
+        """Called when the first adapter comes to the model that holds `module`.
+
+        It need not be an adapter of this layer: gradients for other layers go through this one too.
+        """
 
     def exit(self, module: nn.Module) -> None:
-        """Called when the last adapter has left the model; undoes `enter`."""
+        """Called when the last adapter has left the model; undoes `enter`.
+
+        It may be called a second time, after a detach that was interrupted.
+        """
 
     @hookimpl
     def lora_lite_layer_kind(self, module: nn.Module) -> "LayerKind | None":
@@ -61,17 +74,26 @@ class LayerKind(ABC):
 
 
 class Linear(LayerKind):
-    """`nn.Linear`, and subclasses that keep its forward and its weight a plain parameter. Others (quantised or parametrized
-    ones, say, or torchao's, whose weight is of a class of its own) need a kind of their own.
+    """`nn.Linear`, and subclasses that keep its forward and have a plain parameter as weight.
+
+    Others need a kind of their own: quantised layers, parametrized ones, and torchao's, whose
+    weight is of a class of its own.
     """
 
     def matches(self, module: nn.Module) -> bool:
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return False
         weight = module._parameters.get("weight")
-        plain = type(weight) is nn.Parameter or (weight is not None and is_dtensor(weight))
-        return plain and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return type(weight) is nn.Parameter or is_dtensor(weight)
 
     def weight(self, module: nn.Module) -> Tensor:
-        return module.get_parameter("weight")
+        # The attribute rather than the parameter: the two differ under vmap, FSDP1,
+        # parametrizations.
+        return _tensor(module.weight)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear)
+        return module.in_features, module.out_features
 
 
 class Conv1D(LayerKind):
@@ -81,16 +103,20 @@ class Conv1D(LayerKind):
         return class_name(module) == "transformers.pytorch_utils.Conv1D"
 
     def weight(self, module: nn.Module) -> Tensor:
-        return module.get_parameter("weight").T
+        return _tensor(module.weight).T
 
 
 BUILT_IN: tuple[LayerKind, ...] = (Linear(), Conv1D())
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """Whether a module that no kind matches is a linear layer all the same (so that it is named, not passed over)."""
-    features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return isinstance(module, nn.Linear) or all(isinstance(n, int) for n in features)
+    """Whether a module is a linear layer, also if no kind can read it."""
+    if isinstance(module, nn.Linear):
+        return True
+    for names in SIZES:
+        if all(isinstance(getattr(module, name, None), int) for name in names):
+            return True
+    return False
 
 
 def class_name(value: object) -> str:
@@ -99,17 +125,34 @@ def class_name(value: object) -> str:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """x, from what a linear layer was called with: its only argument, which may come as a keyword."""
+    """x, from what a linear layer was called with: its only argument, which may be a keyword."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Whether a tensor is sharded, without importing torch.distributed for the question."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor; collective. Any other tensor is itself."""
+    """All of a sharded tensor, which every process must ask for. Any other tensor is itself."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def overwrite(target: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor in place; each process copies its part of a sharded one."""
+    if is_dtensor(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = values.to(device=target.device, dtype=target.dtype)
+        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+        values = distribute_tensor(values, mesh, placements)
+    target.copy_(values)
+
+
+def _tensor(attribute: Tensor | nn.Module) -> Tensor:
+    """What the type checker cannot know of a module's attribute."""
+    assert isinstance(attribute, Tensor)
+    return attribute

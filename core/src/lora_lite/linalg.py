@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.errors import SiteError
-from lora_lite.variant import Site
+from lora_lite.site import Site
 
 SvdMethod = Literal["randomized", "exact"]
 

@@ -1,57 +1,65 @@
-"""From a name to a validated variant, and from a module to its layer kind: lazily, with errors that tell what to do.
+"""From a name to a variant, and from a module to the layer kind that can read it.
 
-Installed plugins are listed from metadata alone; only the one that is asked for is imported. pluggy holds what was
-imported. Its own entry-point loader is not used: it imports everything, stops at the first broken plugin, and skips
-duplicates in silence.
+A plugin is a class that a distribution names in its entry points. It goes through four steps:
+
+1. `variants` and `provider` list what is installed. They read metadata and import nothing.
+2. `variant_class` and `kind_of` load a plugin when it is first asked for, and only that one, so
+   that one broken plugin does not break the others.
+3. `_load` imports it, after checks that turn each mistake of its author into an error of its own.
+4. The plugin manager of pluggy keeps what was loaded, and is asked through the hooks of
+   `lora_lite.hookspecs`.
+
+pluggy could load entry points by itself. It would skip the second of two plugins with the same name
+without a word, and would let the errors of a broken plugin through as they are.
 """
 
-import operator
-import re
+import json
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from importlib import metadata, resources
+from typing import TypeVar
 
 import pluggy
-from pydantic import ValidationError
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 from torch import nn
-from torch.torch_version import TorchVersion  # compares versions of anything
 
 from lora_lite import hookspecs, layers
-from lora_lite.errors import FieldError, PluginError, UnknownVariantError, did_you_mean
+from lora_lite.errors import PluginError, UnknownVariantError, did_you_mean
 from lora_lite.layers import LayerKind
 from lora_lite.variant import Variant
 
-VARIANTS, LAYERS = "lora_lite.variants", "lora_lite.layers"
-T = TypeVar("T")
-COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+CORE = "lora-lite-core"
+VARIANTS = "lora_lite.variants"
+LAYERS = "lora_lite.layers"
 
-# The distributions to name in an install hint.
-FIRST_PARTY = {
-    name: f"lora-lite-{name}" for name in ("lora", "pissa", "dora", "eva", "hra", "delora")
-}
-FIRST_PARTY |= {
-    "ia3": "lora-lite-ia3",
-    "ia3_ff": "lora-lite-ia3",
-    "lora_xs": "lora-lite-lora-xs",
-    "road": "lora-lite-road",
-}
-FIRST_PARTY |= {
-    f"antipasto{core}": "lora-lite-antipasto" for core in ("", "_gain", "_ablate", "_mix")
-}
+T = TypeVar("T")
+
+_manager = pluggy.PluginManager("lora_lite")
+_manager.add_hookspecs(hookspecs)
+for _kind in layers.BUILT_IN:
+    _manager.register(_kind, name=type(_kind).__name__)
+
+# Held while a plugin is registered, never while one is imported: another thread could be waiting
+# for this lock while it holds Python's import lock of the same module.
+_registration_lock = threading.Lock()
+
+
+# --- 1. what is installed
 
 
 @dataclass(frozen=True)
 class VariantInfo:
-    """An installed variant, from metadata alone: nothing was imported to make this.
+    """An installed variant, described from metadata alone: nothing was imported to make this.
 
     Attributes:
         name: what `attach` takes.
-        distribution: the installed package that provides it, and its `version`.
-        target: where the class is, `module:Class`.
+        distribution: the installed package that provides the variant.
+        version: of that package.
+        target: where the class is, as `module:Class`.
     """
 
     name: str
@@ -60,179 +68,241 @@ class VariantInfo:
     target: str
 
 
-_manager = pluggy.PluginManager("lora_lite")
-_manager.add_hookspecs(hookspecs)
-for _kind in layers.BUILT_IN:
-    _manager.register(_kind, type(_kind).__name__)
-
-
 def variants() -> dict[str, VariantInfo]:
-    """The installed variants by name, read from metadata without importing any of them.
+    """The installed variants by name, without importing any of them.
 
-    A name that several distributions provide is listed once, under all of them; `attach` refuses it.
+    If several distributions provide the same name, it is listed once with all of them, separated
+    by slashes; `attach` refuses it.
     """
-    sources = {
-        name: zip(*map(_source, points), strict=True)
-        for name, points in sorted(_entry_points(VARIANTS).items())
-    }
-    return {name: VariantInfo(name, *map(" / ".join, parts)) for name, parts in sources.items()}
+    installed = _entry_points(VARIANTS)
+    return {name: _variant_info(name, installed[name]) for name in sorted(installed)}
+
+
+def _variant_info(name: str, entry_points: Sequence[metadata.EntryPoint]) -> VariantInfo:
+    return VariantInfo(
+        name=name,
+        distribution=" / ".join(_distribution(point) for point in entry_points),
+        version=" / ".join(_version(point) for point in entry_points),
+        target=" / ".join(point.value for point in entry_points),
+    )
+
+
+def provider(cls: type[Variant]) -> tuple[str, str]:
+    """The distribution that provides a variant class, and its version.
+
+    For a class that is not an installed plugin (written in a notebook, say): its module and "".
+    """
+    for point in _entry_points(VARIANTS).get(cls.name, []):
+        module = sys.modules.get(point.module)
+        if getattr(module, point.attr, None) is cls:
+            return _distribution(point), _version(point)
+    return cls.__module__, ""
+
+
+def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
+    """The installed entry points of a group by name: several where distributions share a name.
+
+    A distribution that Python finds twice, such as an editable install on two paths, counts once.
+    """
+    by_name: dict[str, list[metadata.EntryPoint]] = {}
+    seen = set()
+    for point in metadata.entry_points(group=group):
+        source = (point.name, point.value, _distribution(point), _version(point))
+        if source not in seen:
+            seen.add(source)
+            by_name.setdefault(point.name, []).append(point)
+    return by_name
+
+
+@cache
+def _layer_entry_points() -> dict[str, list[metadata.EntryPoint]]:
+    """Those for layer kinds, read once: `kind_of` is asked about every module of a model."""
+    return _entry_points(LAYERS)
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unknown distribution"
+
+
+def _version(point: metadata.EntryPoint) -> str:
+    return point.dist.version if point.dist else "?"
+
+
+# --- 2. what is asked for
 
 
 def variant_class(name: str) -> type[Variant]:
-    """The class of an installed variant.
+    """The class of an installed variant, imported when it is first asked for.
 
     Raises:
         UnknownVariantError: no installed distribution provides `name`.
-        PluginError: one does, and cannot be used.
+        PluginError: one does, but it cannot be used.
     """
-    found: type[Variant] | None = _manager.hook.lora_lite_variant(name=name)
-    if found is not None:
-        return found
-    points = _entry_points(VARIANTS)
-    if name not in points:
-        raise UnknownVariantError(_not_installed(name, sorted(points)))
-    loaded = _load(points[name], Variant)
-    if loaded.name != name:
-        told = (
-            f"{_where(points[name][0])} gives {loaded.__qualname__}, whose name is {loaded.name!r}"
+    loaded: type[Variant] | None = _manager.hook.lora_lite_variant(name=name)
+    if loaded is not None:
+        return loaded
+    installed = _entry_points(VARIANTS)
+    if name not in installed:
+        raise _unknown_variant(name, sorted(installed))
+    point = _only(installed[name])
+    cls = _load(point, Variant)
+    if cls.name != name:
+        raise _unusable(
+            point,
+            f"gives {cls.__qualname__}, whose name is {cls.name!r}",
+            fix="Its author must make the entry point and `class ...(Variant, name=...)` agree",
         )
-        raise PluginError(
-            f"{told}; its author must make the entry point and `class ...(Variant, name=...)` agree"
-        )
-    # The hook alone, since pluggy would look at every attribute of a pydantic class.
-    _manager.register(
-        SimpleNamespace(lora_lite_variant=loaded.lora_lite_variant), name=f"{VARIANTS}:{name}"
-    )
-    return loaded
-
-
-def make_variant(variant: str | Variant, fields: Mapping[str, Any]) -> Variant:
-    """A validated variant from its name and fields, or the instance itself.
-
-    Raises:
-        FieldError: an unknown or invalid field; or fields given beside an instance.
-    """
-    if isinstance(variant, Variant):
-        if fields:
-            raise FieldError(
-                f"{variant} is already made: put {', '.join(fields)} into it instead of into this call"
-            )
-        if not variant.name:
-            raise FieldError(
-                f"{type(variant).__qualname__} has no name: write `class ...(Variant, name='my_method')`"
-            )
-        return variant
-    if not isinstance(variant, str):
-        raise FieldError(
-            f"a variant is a name or an instance of a Variant subclass, not {variant!r}"
-        )
-    return validated(variant_class(variant), fields)
-
-
-def validated(cls: type[Variant], fields: Mapping[str, Any]) -> Variant:
-    """`cls(**fields)`, with pydantic's complaints turned into a `FieldError` that names variant and fields."""
-    try:
-        return cls(**fields)
-    except ValidationError as error:
-        wrong = "; ".join(
-            _complaint(detail, list(cls.model_fields)) for detail in error.errors(include_url=False)
-        )
-        raise FieldError(f"variant {cls.name!r}: {wrong}") from None
+    _register(cls, point)
+    return cls
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The layer kind that can read `module`, or None. Loads the plugin named after the module's root package, if any.
+    """The layer kind that can read `module`, or None.
+
+    A plugin for layer kinds is named after the root package of the layers, and is imported when a
+    model first holds a module from there.
 
     Raises:
         PluginError: that plugin cannot be used.
     """
     package = type(module).__module__.partition(".")[0]
-    points, plugin = _points_once(LAYERS).get(package), f"{LAYERS}:{package}"
-    if points and not _manager.has_plugin(plugin):
-        _manager.register(_load(points, LayerKind)(), name=plugin)  # type: ignore[type-abstract]
+    entry_points = _layer_entry_points().get(package)
+    if entry_points and not _manager.has_plugin(_plugin_name(entry_points[0])):
+        point = _only(entry_points)
+        cls = _load(point, LayerKind)  # type: ignore[type-abstract]
+        _register(cls(), point)
     kind: LayerKind | None = _manager.hook.lora_lite_layer_kind(module=module)
     return kind
 
 
-def provider(cls: type[Variant]) -> tuple[str, str]:
-    """(distribution, version) of a variant class, or its module and "" where it is not installed as a plugin."""
-    for point in _entry_points(VARIANTS).get(cls.name, []):
-        if getattr(sys.modules.get(point.module), point.attr, None) is cls:
-            return _source(point)[:2]
-    return cls.__module__, ""
+def _register(plugin: object, point: metadata.EntryPoint) -> None:
+    """Hand a loaded plugin to pluggy, unless another thread was first."""
+    name = _plugin_name(point)
+    with _registration_lock:
+        if not _manager.has_plugin(name):
+            _manager.register(plugin, name=name)
 
 
-def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
-    """By name; several only where different distributions or objects claim the same name."""
-    found: dict[str, dict[tuple[str, ...], metadata.EntryPoint]] = {}
-    for point in metadata.entry_points(group=group):
-        found.setdefault(point.name, {}).setdefault(_source(point), point)
-    return {name: list(points.values()) for name, points in found.items()}
+def _plugin_name(point: metadata.EntryPoint) -> str:
+    """What pluggy calls the plugin: a variant and a layer kind may share a name."""
+    return f"{point.group}:{point.name}"
 
 
-_points_once = cache(_entry_points)
-
-
-def _source(point: metadata.EntryPoint) -> tuple[str, str, str]:
-    """(distribution, version, module:Class)."""
-    return (
-        (point.dist.name, point.dist.version, point.value)
-        if point.dist
-        else ("an unknown distribution", "?", point.value)
-    )
-
-
-def _where(point: metadata.EntryPoint) -> str:
-    return "{} {!r} of {} {} ({})".format(point.group, point.name, *_source(point))
-
-
-def _load(points: list[metadata.EntryPoint], base: type[T]) -> type[T]:
-    """The object of the only one of `points`, a subclass of `base`."""
-    point, where = points[0], _where(points[0])
-    if len(points) > 1:
-        raise PluginError(
-            f"{point.name!r} is provided twice, by {' and by '.join(map(_where, points))}; uninstall one of them"
+def _unknown_variant(name: str, installed: list[str]) -> UnknownVariantError:
+    """The error for a name that is not installed: how to install it, or what was probably meant."""
+    first_party = first_party_variants()
+    listed = f"The installed variants are {', '.join(installed)}"
+    expected = listed if installed else "No variant is installed"
+    if name in first_party:
+        return UnknownVariantError(
+            f"variant {name!r} is not installed",
+            expected=expected,
+            fix=f"To install it: pip install {first_party[name]}",
+            plugin=name,
+            distributions=(first_party[name],),
         )
-    needs = next(
-        (
-            n
-            for n in (point.dist and point.dist.requires) or ()
-            if re.match(r"lora-lite-core(?![\w-])[^;]*$", n)
-        ),
-        "",
+    return UnknownVariantError(
+        f"there is no variant {name!r}",
+        expected=expected,
+        fix=did_you_mean(name, [*installed, *first_party]),
+        plugin=name,
     )
-    core = metadata.version("lora-lite-core")
-    asks = f"asks for {needs or 'no particular lora-lite-core'}; installed is lora-lite-core {core}"
-    if _excludes(needs, core):
-        raise PluginError(f"{where} {asks}: install another version of one of the two")
+
+
+def first_party_variants() -> dict[str, str]:
+    """The distribution of every variant of this project, installed or not.
+
+    Only these are ever named in an install command: what a stranger uploads under a name that
+    somebody mistyped must not be one `pip install` away.
+    """
+    text = resources.files("lora_lite").joinpath("first_party.json").read_text(encoding="utf-8")
+    distributions: dict[str, str] = json.loads(text)
+    return distributions
+
+
+# --- 3. load one plugin
+
+
+def _only(entry_points: Sequence[metadata.EntryPoint]) -> metadata.EntryPoint:
+    """The one entry point of a name; it is an error if several distributions provide it."""
+    first, *others = entry_points
+    if others:
+        places = " and by ".join(_describe(point) for point in entry_points)
+        raise PluginError(
+            f"{first.name!r} is provided twice, by {places}",
+            fix="Uninstall one of them",
+            plugin=first.name,
+            distributions=tuple(_distribution(point) for point in entry_points),
+        )
+    return first
+
+
+def _load(point: metadata.EntryPoint, base: type[T]) -> type[T]:
+    """Import the class that an entry point names.
+
+    Raises:
+        PluginError: the class is made for another version of the core, fails on import, or is no
+            subclass of `base`.
+    """
+    requirement = _core_requirement(point)
+    core = metadata.version(CORE)
+    versions = f"It asks for {requirement or f'any {CORE}'}, and {CORE} {core} is installed"
+    if requirement and not requirement.specifier.contains(core, prereleases=True):
+        raise _unusable(
+            point,
+            "is made for another version of the core",
+            expected=versions,
+            fix="Install another version of one of the two",
+        )
     try:
         loaded = point.load()
     except (Exception, SystemExit) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise PluginError(f"{where} is installed but fails on import: {told}. It {asks}") from error
+        raise _unusable(
+            point,
+            f"is installed but fails on import: {type(error).__name__}: {error}",
+            expected=versions,
+            fix="If it needs a package that is missing, install that; else tell its author",
+        ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        raise PluginError(
-            f"{where} gives {loaded!r}; expected a subclass of lora_lite.{base.__name__}"
+        raise _unusable(
+            point,
+            f"gives {loaded!r}",
+            expected=f"Expected a subclass of lora_lite.{base.__name__}",
+            fix="Its author must correct the entry point",
         )
     return loaded
 
 
-def _excludes(requirement: str, version: str) -> bool:
-    """Whether a bound of `lora-lite-core>=0.1,<0.2` excludes a version. Clauses of another form are left to pip."""
-    bounds = re.findall(r"([<>]=?)\s*([\d.]+)", requirement)
-    return not all(COMPARE[sign](TorchVersion(version), bound) for sign, bound in bounds)
+def _unusable(
+    point: metadata.EntryPoint, problem: str, *, expected: str = "", fix: str = ""
+) -> PluginError:
+    """The error for one plugin, which names its distribution."""
+    return PluginError(
+        f"{_describe(point)} {problem}",
+        expected=expected,
+        fix=fix,
+        plugin=point.name,
+        distributions=(_distribution(point),),
+    )
 
 
-def _not_installed(name: str, installed: list[str]) -> str:
-    have = f"installed: {', '.join(installed)}" if installed else "no variant is installed"
-    if name in FIRST_PARTY:
-        return f"variant {name!r} is not installed ({have}); pip install {FIRST_PARTY[name]}"
-    return f"there is no variant {name!r}{did_you_mean(name, [*installed, *FIRST_PARTY])} ({have})"
+def _core_requirement(point: metadata.EntryPoint) -> Requirement | None:
+    """What the plugin's distribution asks of the core's version; None if it asks nothing."""
+    lines = point.dist.requires if point.dist else None
+    for line in lines or []:
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            continue  # pip has refused or accepted it already
+        is_core = canonicalize_name(requirement.name) == CORE
+        # `lora-lite-core[testing]; extra == "test"` holds only for those who ask for the extra.
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if is_core and applies:
+            return requirement
+    return None
 
 
-def _complaint(detail: Mapping[str, Any], fields: list[str]) -> str:
-    field = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] != "extra_forbidden":
-        return f"{field or 'fields'}={detail['input']!r}: {detail['msg']}"
-    known = f"its fields are {', '.join(fields)}" if fields else "it has no fields"
-    return f"there is no field {field!r}{did_you_mean(field, fields)} ({known})"
+def _describe(point: metadata.EntryPoint) -> str:
+    """An entry point and its origin: `lora_lite.variants 'lora' of lora-lite-lora 0.1.0 (...)`."""
+    origin = f"{_distribution(point)} {_version(point)} ({point.value})"
+    return f"{point.group} {point.name!r} of {origin}"

@@ -1,175 +1,222 @@
-"""What a model remembers of its adapters, and the only code that changes a model: `opened`, `install` and `remove`."""
+"""What a model remembers of its adapters, and the only code that changes a model.
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+    first adapter    `open_model`: note what the base is like, freeze it, enter its layers
+    every adapter    `install`: tensors and hooks on the layers
+                     `remove`: take them away again
+    last adapter     `_close_model`: give the base back as it was
 
+Each of these can be interrupted at any line. What it has done by then can be undone, or finished,
+by `remove`: every step looks at the model rather than at what it believes to have done, and may be
+repeated.
+"""
+
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
 from torch import nn
 
 from lora_lite.errors import AdapterError
-from lora_lite.hooks import Control, Entry, SiteHooks, attribute, hooks_of
-from lora_lite.layers import LayerKind, is_dtensor
-from lora_lite.plugins import kind_of
-from lora_lite.targets import Placement, find_layers, named_modules, plain_path, root_of
+from lora_lite.find import Layer
+from lora_lite.hooked import hook_layer, hooks_of, unhook
+from lora_lite.hooks import AdapterState, Attachment
+from lora_lite.layers import LayerKind
+from lora_lite.modules import named_modules, plain_path, root_of
+from lora_lite.notices import tell_uncalled
+from lora_lite.placements import Placement
+from lora_lite.resume import add_marker, refuse_other_state, remove_marker
+from lora_lite.statistics import restore_statistics, running_statistics
 from lora_lite.variant import Tensors
 
 KEY = "_lora_lite"
+
+# Held by attach, load and detach. Forwards do not ask for it: they may run on other threads, but
+# not on a model that is being changed.
+CHANGING = threading.RLock()
 
 
 class Registry:
     """Lives on the root module, and is copied and pickled with it.
 
     Attributes:
-        controls: the attached adapters by name.
+        adapters: the states of the attached adapters, by name.
         entered: the kinds of the layers that were entered, by path.
-        trainable: names of the base parameters that required a gradient before the first adapter came.
+        trainable: whether each parameter of the base required a gradient, by name.
+        statistics: the base's running statistics (of batch normalisation), by name.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.controls: dict[str, Control] = {}
+        self.adapters: dict[str, AdapterState] = {}
         self.entered: dict[str, LayerKind] = {}
-        self.trainable = frozenset(
-            plain_path(name) for name, p in root.named_parameters() if p.requires_grad
-        )
+        self.trainable = {plain_path(n): p.requires_grad for n, p in root.named_parameters()}
+        self.statistics = running_statistics(root)
+
+    def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
+        """The root's forward hook: a first training forward shows which layers are not called."""
+        if torch.compiler.is_compiling() or not (root.training and torch.is_grad_enabled()):
+            return
+        new = [state for state in self.adapters.values() if not state.was_trained]
+        for state in new:
+            state.was_trained = True
+        if new:
+            tell_uncalled(root, new)
+
+    def before_load_state_dict(
+        self, root: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """The root's hook on `load_state_dict`: refuses the state of other adapters."""
+        refuse_other_state(self.adapters, state_dict, prefix)
 
 
-def adapted_root(model: nn.Module) -> tuple[nn.Module, dict[str, Control]]:
-    """The module inside `model` (or `model` itself) through which adapters were attached, and these; without any, the
-    module itself.
+def registry_of(root: nn.Module) -> Registry | None:
+    """The registry on a module, if adapters were attached through it."""
+    registry: Registry | None = root.__dict__.get(KEY)
+    return registry
+
+
+def adapted_root(model: nn.Module) -> nn.Module:
+    """The module inside `model`, or `model` itself, through which adapters were attached.
+
+    Without any adapter it is the model itself.
 
     Raises:
-        AdapterError: `model` is only a part of the module through which they were attached, or holds two such modules.
+        AdapterError: adapters were attached through a larger model of which this is a part, or
+            through several modules of this one.
     """
     root = root_of(model)
-    found = [
-        (module, registry.controls)
-        for module in root.modules()
-        if (registry := module.__dict__.get(KEY))
-    ]
+    if registry_of(root):
+        return root
+    found = [module for module in root.modules() if registry_of(module)]
     if len(found) > 1:
-        names = ", ".join(type(module).__name__ for module, _ in found)
         raise AdapterError(
-            f"adapters were attached through {len(found)} modules of this model ({names}); detach all but one"
+            f"adapters were attached through {len(found)} modules of this model",
+            details=[type(module).__name__ for module in found],
+            fix="Call this with one of these modules, or detach all adapters but those of one",
         )
-    if not found and any(map(hooks_of, root.modules())):
-        whole = f"this {type(root).__name__} is a part of a larger model through which its adapters were attached"
-        raise AdapterError(f"{whole}; use that larger model here")
-    return found[0] if found else (root, {})
-
-
-def refuse_wrapped(root: nn.Module) -> None:
-    """Raises `AdapterError` for a model that DDP or FSDP2 has prepared already: it would not reduce new gradients."""
-    wrapped = isinstance(root, nn.parallel.DistributedDataParallel)
-    if wrapped or any(map(is_dtensor, root.parameters())):
-        what = (
-            "is wrapped in DistributedDataParallel"
-            if wrapped
-            else "has sharded parameters (DTensor)"
-        )
-        why = "or gradients of the adapter would silently not be reduced"
+    if not found and any(hooks_of(module) for module in root.modules()):
         raise AdapterError(
-            f"the model {what}: attach, load and detach before it is wrapped, and before fully_shard(), {why}"
+            f"this {type(root).__name__} is a part of the model through which its adapters were "
+            "attached",
+            fix="Call this with that larger model",
         )
+    return found[0] if found else root
 
 
-def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> None:
-    """Everything about the model that forbids to attach, before anything is changed.
+# --- first adapter
 
-    Raises:
-        AdapterError: a bad or used name, another root, a meta or offloaded base, an attribute in the way.
+
+def open_model(root: nn.Module, layers: Iterable[Layer]) -> Registry:
+    """The registry. If it is new, the base is frozen and its layers are entered.
+
+    All layers are entered, and not only those that get an adapter, since gradients for an adapted
+    layer go through the others.
     """
-    if not name.isidentifier():
-        raise AdapterError(
-            f"name={name!r}: an adapter's name is made of letters, digits and underscores"
-        )
-    found, controls = adapted_root(root)
-    if found is not root:
-        part = f"a part of this model ({type(found).__name__})"
-        raise AdapterError(
-            f"adapters were attached through {part}; attach this one there too, or detach those first"
-        )
-    if name in controls:
-        used = ", ".join(sorted(controls))
-        raise AdapterError(
-            f"an adapter named {name!r} is attached already; detach it, or give another name= (in use: {used})"
-        )
-    for placement in placements:
-        path, module = placement.spot.path, placement.module
-        if any(p.device.type == "meta" for p in module.parameters()):
-            why = "is on the meta device (offloaded, or not loaded yet): an adapter there would silently do nothing"
-            raise AdapterError(
-                f"{path} {why}. Load the weights onto a real device first; plan() works on meta"
-            )
-        if getattr(getattr(module, "_hf_hook", None), "offload", False):
-            raise AdapterError(
-                f"{path} is offloaded by accelerate; load the model without offloading this layer"
-            )
-        if taken := [
-            key for tensor in placement.specs if hasattr(module, key := attribute(name, tensor))
-        ]:
-            raise AdapterError(
-                f"{path} has an attribute {taken[0]!r} already; give the adapter another name="
-            )
-
-
-@contextmanager
-def opened(root: nn.Module) -> Iterator[Registry]:
-    """The registry. With the first adapter the base is frozen; every layer of a known kind is entered, since what comes of one
-    layer's adapter goes through the others. Undone where no adapter came of it, or the last one left.
-    """
-    registry: Registry = root.__dict__.get(KEY) or Registry(root)
-    if KEY not in root.__dict__:
+    registry = registry_of(root)
+    if registry is None:
+        registry = Registry(root)
         root.__dict__[KEY] = registry
         root.requires_grad_(False)
-    try:
-        for layer in find_layers(root):
-            if layer.path not in registry.entered and (kind := kind_of(layer.module)):
-                kind.enter(layer.module)
-                registry.entered[layer.path] = kind
-        yield registry
-    finally:
-        if not registry.controls and KEY in root.__dict__:
-            modules = dict(named_modules(root))
-            for path, kind in registry.entered.items():
-                kind.exit(modules[path])
-            for name, parameter in root.named_parameters():
-                parameter.requires_grad_(plain_path(name) in registry.trainable)
-            del root.__dict__[KEY]
+        root.register_forward_hook(registry.after_forward)
+        root.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            registry.before_load_state_dict
+        )
+    for layer in layers:
+        if layer.kind is not None and layer.path not in registry.entered:
+            registry.entered[layer.path] = layer.kind
+            layer.kind.enter(layer.module)
+    return registry
+
+
+# --- every adapter
 
 
 def install(
     root: nn.Module,
-    control: Control,
+    state: AdapterState,
     placements: Sequence[Placement],
     values: Mapping[str, Tensors],
 ) -> None:
-    """Register tensors and hooks. All or nothing."""
-    with opened(root) as registry:
-        registry.controls[control.name] = control
+    """Put an adapter's tensors and hooks on the layers of an opened model."""
+    registry = registry_of(root)
+    assert registry is not None
+    registry.adapters[state.name] = state
+    for placement in placements:
+        attachment = Attachment(state, placement.layer, placement.variant, dict(placement.specs))
+        state.attachments[placement.path] = attachment
+        module = placement.module
+        for name, key in attachment.keys.items():
+            trains = attachment.specs[name].trainable
+            tensor = nn.Parameter(values[placement.path][name], requires_grad=trains)
+            module.register_parameter(key, tensor)
+        hook_layer(module).add(attachment)
+    add_marker(placements[0].module, state)
+    _forget_compiled()
+
+
+def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
+    """Take an adapter off the model; the last one to leave gives the base back as it was.
+
+    It may be called again after an interruption, and on an adapter that is there only in part.
+
+    Args:
+        root: through which the adapter was attached.
+        state: of the adapter.
+        modules: the layers by path, as they were at attach. Those that the model holds now are
+            cleaned as well, as some may have been replaced.
+    """
+    now = dict(named_modules(root))
+    for path, attachment in state.attachments.items():
+        for module in {modules.get(path), now.get(path)} - {None}:
+            assert module is not None
+            _clean(module, state, attachment)
+    registry = registry_of(root)
+    if registry is not None:
+        registry.adapters.pop(state.name, None)
+        if not registry.adapters:
+            _close_model(root, registry, now)
+    state.attachments = {}
+    _forget_compiled()
+
+
+def _clean(module: nn.Module, state: AdapterState, attachment: Attachment) -> None:
+    for key in attachment.keys.values():
+        module._parameters.pop(key, None)
+    remove_marker(module, state)
+    hooks = hooks_of(module)
+    if hooks is not None:
+        hooks.remove(state)
+        if not hooks.attachments:
+            unhook(module, hooks)
+
+
+# --- last adapter
+
+
+def _close_model(root: nn.Module, registry: Registry, modules: Mapping[str, nn.Module]) -> None:
+    """Undo `open_model`. A layer kind that fails is reported after everything else is done."""
+    failures: list[Exception] = []
+    for path, kind in list(registry.entered.items()):
         try:
-            for placement in placements:
-                path, module, entry = (
-                    placement.spot.path,
-                    placement.module,
-                    Entry(control, placement),
-                )
-                control.entries[path] = entry
-                for name, spec in entry.specs.items():
-                    tensor = nn.Parameter(values[path][name], requires_grad=spec.trainable)
-                    module.register_parameter(entry.attributes[name], tensor)
-                (hooks_of(module) or SiteHooks(module)).add(entry)
-        except BaseException:
-            remove(root, control)
-            raise
+            if path in modules:
+                kind.exit(modules[path])
+        except Exception as error:
+            failures.append(error)
+        registry.entered.pop(path, None)
+    for name, parameter in root.named_parameters():
+        trains = registry.trainable.get(plain_path(name), parameter.requires_grad)
+        if parameter.requires_grad != trains:
+            parameter.requires_grad_(trains)
+    restore_statistics(root, registry.statistics)
+    unhook(root, registry)
+    root.__dict__.pop(KEY, None)
+    if failures:
+        raise failures[0]
 
 
-def remove(root: nn.Module, control: Control) -> None:
-    """Take one adapter off; the last one to leave restores the base's `requires_grad` and removes every trace."""
-    with opened(root) as registry:
-        modules = dict(named_modules(root))
-        for path, entry in control.entries.items():
-            for key in entry.attributes.values():
-                modules[path]._parameters.pop(key, None)
-            if hooks := hooks_of(modules[path]):
-                hooks.remove(entry)
-        control.entries = {}
-        del registry.controls[control.name]
+def _forget_compiled() -> None:
+    """Let torch.compile compile again: what it has compiled does not look for new hooks."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

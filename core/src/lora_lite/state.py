@@ -1,27 +1,44 @@
-"""Between an adapter's tensors on the layers and the flat `{"path.tensor": tensor}` of a state dict: strict both ways."""
+"""Between an adapter's tensors on the layers and a flat `{"path.tensor": tensor}`: strict both
+ways.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_lite.errors import AdapterFileError, VariantContractError, bullets
-from lora_lite.targets import Placement
-from lora_lite.variant import Tensors, TensorSpec
+from lora_lite.author_mistakes import checked_tensors
+from lora_lite.errors import AdapterFileError, VariantContractError
+from lora_lite.placements import Placement
+from lora_lite.tensor_spec import TensorSpec
+from lora_lite.variant import Tensors
 
 
-def place_values(placement: Placement, values: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A site's start values as they will be stored: the trainable ones in `dtype`, unless their specs say otherwise.
+def start_values(
+    placement: Placement, values: Tensors, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A layer's start values as they will be stored.
+
+    Args:
+        placement: of the variant on the layer.
+        values: what `derive` and `init` gave.
+        dtype: of the trainable tensors, unless their specs say otherwise.
 
     Raises:
         VariantContractError: the values are not what the variant declared.
     """
-    if wrong := problems(placement.specs, values, ""):
-        where = f"variant {placement.variant.name!r} at {placement.spot.path}"
-        raise VariantContractError(f"{where} does not give what it declares:{bullets(wrong)}")
+    wrong = list(problems(placement.specs, values))
+    if wrong:
+        raise VariantContractError(
+            f"{placement.variant.name!r} at {placement.path} does not give what it declares",
+            details=wrong,
+            expected="`derive` and `init` together give every tensor that `tensors` declares",
+            variant=placement.variant.name,
+            layer=placement.path,
+        )
+    frozen_dtype = placement.site.dtype
     dtypes = {
-        name: spec.dtype or (dtype if spec.trainable else placement.site.dtype)
+        name: spec.dtype or (dtype if spec.trainable else frozen_dtype)
         for name, spec in placement.specs.items()
     }
     return own_copies(placement, values, dtypes)
@@ -30,78 +47,138 @@ def place_values(placement: Placement, values: Tensors, dtype: torch.dtype) -> d
 def own_copies(
     placement: Placement, values: Tensors, dtypes: Mapping[str, torch.dtype | None]
 ) -> dict[str, Tensor]:
-    """The declared tensors in memory of their own on the layer's device; a dtype of None keeps the value's."""
+    """The declared tensors in memory of their own, on the layer's device.
+
+    Args:
+        placement: of the variant on the layer.
+        values: by name.
+        dtypes: by name; None keeps the value's.
+
+    Raises:
+        AdapterFileError: a value is not finite in its new dtype.
+    """
+    device = device_of(placement)
+    copies = {}
+    for name, dtype in dtypes.items():
+        value = values[name].detach()
+        copy = value.to(
+            device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
+        )
+        if copy.dtype != value.dtype:
+            refuse_overflow(f"{placement.path}.{name}", value, copy)
+        copies[name] = copy
+    return copies
+
+
+def refuse_overflow(key: str, value: Tensor, cast: Tensor) -> None:
+    """An error if a finite value is no longer finite in its new dtype."""
+    if cast.is_floating_point() and not cast.isfinite().all() and bool(value.isfinite().all()):
+        largest = float(value.abs().max())
+        raise AdapterFileError(
+            f"{key} has values up to {largest:.3g}, which {cast.dtype} cannot hold",
+            fix="Keep a wider dtype, such as float32",
+            tensors=(key,),
+        )
+
+
+def device_of(placement: Placement) -> torch.device:
+    """Where the layer is."""
     module = placement.module
-    device = next(
-        t for own in (module.parameters, module.buffers) for t in own(recurse=False)
-    ).device
-    form: dict[str, Any] = {
-        "device": device,
-        "copy": True,
-        "memory_format": torch.contiguous_format,
-    }
-    return {name: values[name].detach().to(dtype=dtype, **form) for name, dtype in dtypes.items()}
+    for tensors in (module.parameters(recurse=False), module.buffers(recurse=False)):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")
 
 
 def unpack(
     placements: Sequence[Placement], saved: Tensors, known: Sequence[str] = ()
 ) -> dict[str, dict[str, Tensor]]:
-    """Every site's stored tensors, from a state dict of which `known` is known to be wrong.
+    """Every layer's stored tensors, from a state dict.
+
+    Args:
+        placements: of the variants on their layers.
+        saved: `{"path.tensor": tensor}`.
+        known: what is known to be wrong with it already, one line for each tensor.
 
     Raises:
-        AdapterFileError: tensors that are missing, extra, misshapen, mistyped or not finite; all of them are listed.
+        AdapterFileError: tensors that are missing, extra, misshapen, of another dtype or not
+            finite; all of them are listed.
     """
-    sites = by_site(saved, [p.spot.path for p in placements])
-    wrong = [
-        *known,
-        *(f"{key}: extra (no such site)" for key in saved if key.rpartition(".")[0] not in sites),
-    ]
-    values = {}
+    by_path = by_layer(saved, [placement.path for placement in placements])
+    wrong = list(known)
+    for key in saved:
+        if key.rpartition(".")[0] not in by_path:
+            wrong.append(f"{key}: extra (the adapter has no such layer)")
+    values: dict[str, dict[str, Tensor]] = {}
     for placement in placements:
-        path, variant = placement.spot.path, placement.variant
-        try:
-            values[path] = variant.load_state_dict(placement.site, sites[path])
-            used = values[path].keys() | variant.state_dict(placement.site, values[path]).keys()
-        except Exception as error:  # a variant's own code, on a file of any content
-            wrong.append(
-                f"{path}.*: {variant.name} cannot read {sorted(sites[path])}: {type(error).__name__}: {error}"
-            )
-            continue
-        wrong += problems(placement.specs, values[path], f"{path}.")
-        wrong += [f"{path}.{name}: extra" for name in sites[path].keys() - used]
+        found, complaints = _unpack_one(placement, by_path[placement.path])
+        values[placement.path] = found
+        wrong += complaints
     if wrong:
         raise AdapterFileError(
-            f"{len(wrong)} tensors do not fit; nothing was changed:{bullets(wrong)}"
+            f"{len(wrong)} tensors do not fit; nothing was changed",
+            details=wrong,
+            expected="A state dict has every tensor of the adapter and no other",
+            tensors=[line.partition(":")[0] for line in wrong],
         )
     return values
 
 
-def by_site(saved: Tensors, paths: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """A state dict's tensors by site and name, for each of `paths`."""
-    sites: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+def _unpack_one(placement: Placement, saved: Tensors) -> tuple[dict[str, Tensor], list[str]]:
+    """The stored tensors of one layer, and what is wrong with them."""
+    path, variant = placement.path, placement.variant
+    try:
+        given = variant.load_state_dict(placement.site, saved)
+        values = checked_tensors(variant, "load_state_dict", given, path)
+        used = values.keys() | variant.state_dict(placement.site, values).keys()
+    except Exception as error:  # a variant's own code, on a file of any content
+        reason = f"{type(error).__name__}: {error}"
+        return {}, [f"{path}.*: {variant.name} cannot read {sorted(saved)}: {reason}"]
+    wrong = [f"{path}.{line}" for line in problems(placement.specs, values)]
+    wrong += [f"{path}.{name}: extra" for name in saved.keys() - used]
+    return values, wrong
+
+
+def by_layer(saved: Tensors, paths: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """A state dict's tensors by layer and name, for each of `paths`."""
+    layers: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
     for key, tensor in saved.items():
         path, _, name = key.rpartition(".")
-        sites.get(path, {})[name] = tensor
-    return sites
+        if path in layers:
+            layers[path][name] = tensor
+    return layers
 
 
-def problems(specs: Mapping[str, TensorSpec], values: Tensors, prefix: str) -> list[str]:
-    """Where `values` differ from what `specs` declare, a line each."""
-    found = [
-        f"{prefix}{name}: missing, expected {list(specs[name].shape)}"
-        for name in specs
-        if name not in values
-    ]
+def problems(specs: Mapping[str, TensorSpec], values: Tensors) -> Iterable[str]:
+    """Where `values` are not what `specs` declare, one line for each tensor."""
+    for name, spec in specs.items():
+        if name not in values:
+            yield f"{name}: missing, expected {list(spec.shape)}"
     for name, value in values.items():
-        spec, floating = specs.get(name), value.is_floating_point()
-        if spec is None:
-            found.append(f"{prefix}{name}: extra, not declared (declared: {', '.join(specs)})")
-        elif tuple(value.shape) != spec.shape:
-            found.append(f"{prefix}{name}: shape {list(value.shape)}, expected {list(spec.shape)}")
-        elif floating != (spec.dtype is None or spec.dtype.is_floating_point):
-            found.append(
-                f"{prefix}{name}: dtype {value.dtype}, expected {spec.dtype or 'a floating-point dtype'}"
-            )
-        elif floating and not bool(torch.isfinite(value).all()):
-            found.append(f"{prefix}{name}: has values that are not finite")
-    return found
+        if name not in specs:
+            yield f"{name}: extra, not declared (declared: {', '.join(specs)})"
+            continue
+        problem = _problem(specs[name], value)
+        if problem:
+            yield f"{name}: {problem}"
+
+
+def _problem(spec: TensorSpec, value: object) -> str:
+    """What is wrong with one value, or ""."""
+    if not isinstance(value, Tensor):
+        return f"{value!r} is not a tensor"
+    if tuple(value.shape) != spec.shape:
+        return f"shape {list(value.shape)}, expected {list(spec.shape)}"
+    floating = spec.dtype is None or spec.dtype.is_floating_point
+    if value.is_floating_point() != floating:
+        return f"dtype {value.dtype}, expected {spec.dtype or 'a floating-point dtype'}"
+    if floating and not is_finite(value):
+        return "has values that are not finite"
+    return ""
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether every value is finite. torch cannot tell for float8, which is widened first."""
+    if value.element_size() == 1:
+        value = value.float()
+    return bool(value.isfinite().all())

@@ -114,7 +114,7 @@ def test_default_layers_of_real_architectures(family: str) -> None:
         model = getattr(transformers, f"{family}Model")(
             getattr(transformers, f"{family}Config")(**config)
         )
-    hidden = {p.spot.d_in for p in ll.plan(model, "ia3_ff").placements}
+    hidden = {p.layer.d_in for p in ll.plan(model, "ia3_ff").placements}
     assert suffixes(ll.plan(model, "ia3_ff")) == feed_forward
     assert 16 not in hidden  # never an attention output: all of those are as wide as the model
     if attention is None:
@@ -126,7 +126,7 @@ def test_default_layers_of_real_architectures(family: str) -> None:
 
 def suffixes(plan: ll.Plan) -> set[str]:
     """The last parts of the sites' paths."""
-    return {p.spot.path.rsplit(".", 1)[-1] for p in plan.placements}
+    return {p.path.rsplit(".", 1)[-1] for p in plan.placements}
 
 
 def test_published_parameter_counts(qwen_down_proj: nn.Module) -> None:

@@ -94,9 +94,7 @@ class Case:
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
         """The two sites of a model."""
-        return {
-            p.spot.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements
-        }
+        return {p.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements}
 
     def site(self, model: nn.Module) -> Site:
         """The first of them, that of `model.layer`."""

@@ -15,7 +15,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from pydantic.fields import FieldInfo
 
 import lora_lite as ll
-from lora_lite.plugins import validated
+from lora_lite.fields import validated
 from lora_lite.testing.case import KINDS, Case
 from lora_lite.variant import Variant
 

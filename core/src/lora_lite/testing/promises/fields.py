@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.plugins import validated
+from lora_lite.fields import validated
 from lora_lite.testing.case import Case
 from lora_lite.testing.promise import promise, survey
 from lora_lite.testing.strategies import Refusal, refused_values, varies

@@ -1,0 +1,189 @@
+"""Mistakes in the definition of a variant class, found when Python makes the class.
+
+1. `VariantMeta` turns pydantic's complaints about a class into a `VariantDefinitionError`.
+2. `check_fields` checks the names of its fields.
+3. `check_definition` checks its name, its class variables and its methods.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from pydantic.errors import PydanticUserError
+
+from lora_lite.errors import VariantDefinitionError
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+
+    from lora_lite.variant import Variant
+else:
+    ModelMetaclass = type(BaseModel)
+
+# `attach(model, "lora", seed=1)` must not be ambiguous.
+ATTACH_ARGUMENTS = frozenset(
+    {"name", "targets", "exclude", "layers", "overrides", "calibration", "dtype", "seed"}
+)
+IDENTITIES = ("exact", "rounding", "none")
+SCALED_METHODS = ("prepare", "delta_input", "delta_output")
+
+
+# --- 1. what pydantic complains about
+
+
+class VariantMeta(ModelMetaclass):
+    """Makes variant classes; a class that pydantic refuses is a `VariantDefinitionError`."""
+
+    def __new__(mcs, class_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__new__(mcs, class_name, *args, **kwargs)
+        except PydanticUserError as error:
+            raise VariantDefinitionError(
+                f"{class_name} cannot be made: {error.message}", class_name=class_name
+            ) from None
+
+
+# --- 2. fields
+
+
+def check_fields(cls: type[Variant], contract: type[Variant]) -> None:
+    """Check the names of a new class's fields.
+
+    Raises:
+        VariantDefinitionError: a field is called as an argument of attach or a member of `Variant`.
+    """
+    for field, annotation in inspect.get_annotations(cls).items():
+        if "ClassVar" in str(annotation):
+            continue
+        if field in ATTACH_ARGUMENTS:
+            raise _error(
+                cls, f"the field {field!r} is an argument of attach()", fix="Give it another name"
+            )
+        if hasattr(contract, field):
+            raise _error(
+                cls,
+                f"the field {field!r} shadows Variant.{field}",
+                fix="Give it another name; to override a member of Variant, write a method or a "
+                "ClassVar",
+            )
+
+
+# --- 3. what the contract asks for
+
+
+def check_definition(cls: type[Variant], contract: type[Variant]) -> None:
+    """Check a new subclass of `Variant`.
+
+    Args:
+        cls: the new class. Without a name it is a base of other variants, and may leave methods
+            out.
+        contract: `Variant` itself.
+
+    Raises:
+        VariantDefinitionError: something is written against the contract.
+    """
+    _check_name(cls)
+    _check_class_variables(cls)
+    _check_spelling(cls, contract)
+    _check_scale(cls)
+    if cls.name:
+        _check_methods(cls, contract)
+
+
+def _check_name(cls: type[Variant]) -> None:
+    if cls.name and not re.fullmatch(r"[a-z][a-z0-9_]*", cls.name):
+        raise _error(
+            cls, f"name={cls.name!r} is not lower_snake_case", fix="Choose a name such as my_method"
+        )
+    generic = cls.__pydantic_generic_metadata__
+    if generic["origin"] or generic["parameters"]:
+        raise _error(cls, "a variant cannot be generic", expected="Generic models do not pickle")
+
+
+def _check_class_variables(cls: type[Variant]) -> None:
+    lr = cls.recommended_lr
+    if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
+        raise _error(cls, f"recommended_lr={lr!r} is not a positive number")
+    identity = vars(cls).get("identity")
+    if isinstance(identity, str) and identity not in IDENTITIES:
+        raise _error(cls, f"identity={identity!r}", expected=f"It is one of {IDENTITIES}")
+    for pattern in cls.default_targets:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise _error(
+                cls, f"default_targets has {pattern!r}, which is no regular expression: {error}"
+            ) from None
+
+
+def _check_spelling(cls: type[Variant], contract: type[Variant]) -> None:
+    """A method with a misspelt name is never called, and nobody would notice."""
+    names = [name for name in vars(contract) if not name.startswith("_")]
+    for name, member in vars(cls).items():
+        own_method = inspect.isfunction(member) and not name.startswith("_")
+        if not own_method or hasattr(contract, name):
+            continue
+        for meant in names:
+            if _nearly_the_same(name, meant):
+                raise _error(
+                    cls,
+                    f"the method {name!r} is not part of the contract. Did you mean {meant!r}?",
+                    fix=f"Rename it; a helper of your own could be called _{name}",
+                )
+
+
+def _nearly_the_same(name: str, meant: str) -> bool:
+    """Whether two names differ by one letter: added, left out, or exchanged."""
+    matcher = difflib.SequenceMatcher(a=name, b=meant, autojunk=False)
+    same = sum(block.size for block in matcher.get_matching_blocks())
+    return max(len(name), len(meant)) - same <= 1
+
+
+def _check_scale(cls: type[Variant]) -> None:
+    """A method that takes the scale itself must have a parameter for it."""
+    if not cls.takes_scale:
+        return
+    for name in SCALED_METHODS:
+        method = vars(cls).get(name)
+        if inspect.isfunction(method) and not _takes_keyword(method, "scale"):
+            raise _error(
+                cls,
+                f"takes_scale is set, and {name} has no parameter `scale`",
+                fix="Add `*, scale: float = 1.0` to its parameters; subclass ScaledVariant to have "
+                "this checked by a type checker",
+            )
+
+
+def _takes_keyword(method: Any, keyword: str) -> bool:
+    parameters = inspect.signature(method).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any or keyword in parameters
+
+
+def _check_methods(cls: type[Variant], contract: type[Variant]) -> None:
+    def is_default(method: str) -> bool:
+        return bool(getattr(cls, method).__module__ == contract.__module__)
+
+    missing = [name for name in ("tensors", "init") if is_default(name)]
+    if is_default("delta_input") and is_default("delta_output"):
+        missing.append("delta_output (or delta_input)")
+    if missing:
+        raise _error(
+            cls,
+            f"{' and '.join(missing)} must be written",
+            expected="A variant has tensors, init and at least one delta",
+            fix="A base class of several variants is made without a name",
+        )
+
+
+def _error(
+    cls: type[Variant], problem: str, *, expected: str = "", fix: str = ""
+) -> VariantDefinitionError:
+    return VariantDefinitionError(
+        f"{cls.__qualname__}: {problem}", expected=expected, fix=fix, class_name=cls.__qualname__
+    )

@@ -1,0 +1,175 @@
+"""What a model is made of: its linear layers, and the weights that no adapter can reach.
+
+1. `find_layers` lists every layer that is linear, or looks as if it were.
+2. `find_others` lists every other weight that holds a matrix: embeddings, convolutions, fused
+experts.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lite.layers import LayerKind, looks_linear
+from lora_lite.modules import named_modules, plain_path
+from lora_lite.plugins import kind_of
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module that is linear, or looks as if it were.
+
+    Attributes:
+        module: the layer itself.
+        kind: what can read it; None if no installed layer kind can.
+        paths: every path at which the model holds it; a shared layer has several.
+        blocks: the indices of the repeated blocks that it lies in.
+        is_called: whether its parent calls it, so that hooks on it run.
+    """
+
+    module: nn.Module
+    kind: LayerKind | None
+    paths: tuple[str, ...]
+    blocks: frozenset[int]
+    is_called: bool
+
+    @property
+    def path(self) -> str:
+        """The first path, which names the layer."""
+        return self.paths[0]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers its weight holds, were it dense."""
+        if self.kind is not None:
+            return math.prod(self.kind.shape(self.module))
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def has_path_like(self, pattern: re.Pattern[str]) -> bool:
+        """Whether `pattern` is found in one of the paths."""
+        return any(pattern.search(path) for path in self.paths)
+
+
+@dataclass(frozen=True)
+class OtherWeight:
+    """A weight with two dimensions or more that is not the weight of a linear layer.
+
+    Attributes:
+        path: of the parameter, such as `model.layers.0.mlp.experts.gate_up_proj`.
+        owner: the class of the module that holds it.
+        shape: of the parameter.
+        in_blocks: whether it lies in the repeated blocks.
+        is_bare: whether a module of the model's own holds it; False for a layer of torch, such as
+            an embedding or a convolution.
+    """
+
+    path: str
+    owner: str
+    shape: tuple[int, ...]
+    in_blocks: bool
+    is_bare: bool
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def has_path_like(self, pattern: re.Pattern[str]) -> bool:
+        """Whether `pattern` is found in the path of the parameter or of its module."""
+        return bool(pattern.search(self.path) or pattern.search(self.path.rpartition(".")[0]))
+
+    def __str__(self) -> str:
+        shape = " x ".join(str(size) for size in self.shape)
+        what = f"a bare parameter of {self.owner}, not a layer" if self.is_bare else self.owner
+        return f"{self.path} ({shape}) is {what}"
+
+
+# --- 1. linear layers
+
+
+def find_layers(root: nn.Module) -> list[Layer]:
+    """Every layer that is or looks linear, in the order of the model."""
+    paths_of: dict[nn.Module, list[str]] = {}
+    kinds: dict[nn.Module, LayerKind | None] = {}
+    never_called: set[nn.Module] = set()
+    modules = list(named_modules(root))
+    for path, module in modules:
+        if isinstance(module, nn.MultiheadAttention):
+            # Its forward reads out_proj.weight and never calls out_proj.
+            never_called.add(module.out_proj)
+        if module not in kinds:
+            kinds[module] = kind_of(module)
+        if kinds[module] is not None or looks_linear(module):
+            paths_of.setdefault(module, []).append(path)
+    blocks = _block_lists(modules)
+    return [
+        Layer(
+            module=module,
+            kind=kinds[module],
+            paths=tuple(paths),
+            blocks=_block_indices(paths, blocks),
+            is_called=module not in never_called,
+        )
+        for module, paths in paths_of.items()
+    ]
+
+
+def _block_lists(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """The paths of the lists of repeated blocks."""
+    return {path for path, module in modules if _is_block_list(module)}
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    """A ModuleList, or an nn.Sequential of several blocks of one class that is not torch's own."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    if type(module) is not nn.Sequential or len(module) < 2:
+        return False
+    classes = {type(block) for block in module}
+    return len(classes) == 1 and not _is_from_torch(module[0])
+
+
+def _block_indices(paths: Iterable[str], block_lists: set[str]) -> frozenset[int]:
+    """The index of the repeated block around each path, for the paths that lie in one."""
+    indices = {_block_index(path, block_lists) for path in paths}
+    return frozenset(index for index in indices if index is not None)
+
+
+def _block_index(path: str, block_lists: set[str]) -> int | None:
+    """The index of the outermost repeated block that holds `path`, or None."""
+    parent = ""
+    for name in path.split("."):
+        if parent in block_lists and name.isdigit():
+            return int(name)
+        parent = f"{parent}.{name}" if parent else name
+    return None
+
+
+# --- 2. every other weight
+
+
+def find_others(root: nn.Module, layers: Iterable[Layer]) -> Iterator[OtherWeight]:
+    """Every parameter of two dimensions or more that is not in a linear layer."""
+    layer_modules = {layer.module for layer in layers}
+    modules = [(plain_path(path), module) for path, module in root.named_modules()]
+    block_lists = _block_lists(modules)
+    for path, module in modules:
+        if module in layer_modules:
+            continue
+        # Only torch's attention holds projections that a user may take for layers.
+        is_bare = not _is_from_torch(module) or isinstance(module, nn.MultiheadAttention)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim >= 2:
+                yield OtherWeight(
+                    path=f"{path}.{name}" if path else name,
+                    owner=type(module).__name__,
+                    shape=tuple(parameter.shape),
+                    in_blocks=_block_index(f"{path}.{name}", block_lists) is not None,
+                    is_bare=is_bare,
+                )
+
+
+def _is_from_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")

@@ -1,0 +1,126 @@
+"""What an adapter's file says, and the checks before it is written.
+
+Whatever `load` would refuse is refused here first, and what the file cannot hold is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.errors import AdapterFileError
+from lora_lite.fileformat import DTYPES, Configuration, FilePath, Metadata, dtypes_of, write
+from lora_lite.fingerprint import fingerprint, probe
+from lora_lite.hooks import AdapterState
+from lora_lite.layers import is_dtensor, whole
+from lora_lite.modules import plain_path
+from lora_lite.notices import (
+    still_at_start,
+    tell_idle,
+    tell_statistics,
+    tell_unsaved,
+    uncalled_layers,
+)
+from lora_lite.plugins import CORE, provider
+from lora_lite.registry import registry_of
+from lora_lite.site import Site
+from lora_lite.state import is_finite
+from lora_lite.statistics import changed_statistics
+from lora_lite.variant import Variant
+
+
+def write_adapter(
+    path: FilePath,
+    root: nn.Module,
+    state: AdapterState,
+    sites: Mapping[str, Site],
+    tensors: Mapping[str, Tensor],
+    left_out: Mapping[str, Tensor],
+) -> None:
+    """Write an adapter's file. On a sharded model every process calls this, and rank 0 writes.
+
+    Args:
+        path: of the file.
+        root: the model.
+        state: of the adapter.
+        sites: its layers.
+        tensors: what goes into the file.
+        left_out: the derived tensors that do not; they are described by probes.
+
+    Raises:
+        AdapterFileError: tensors that `load` would refuse, or a path that cannot be written.
+    """
+    _refuse_unloadable(path, tensors)
+    variants = {place: attachment.variant for place, attachment in state.attachments.items()}
+    configurations = list(dict.fromkeys(variants.values()))
+    index = {variant: number for number, variant in enumerate(configurations)}
+    described = Metadata(
+        core=metadata.version(CORE),
+        configurations=[_configuration(variant) for variant in configurations],
+        sites={place: index[variant] for place, variant in variants.items()},
+        seed=state.seed,
+        scale=state.scale,
+        dtypes=dtypes_of(tensors),
+        derived=not left_out,
+        uses_base=state.uses_base,
+        fingerprint=fingerprint(sites.values()),
+        probes={key: probe(whole(value)) for key, value in left_out.items()},
+    )
+    _tell(root, state)
+    is_sharded = any(is_dtensor(parameter) for parameter in root.parameters())
+    if not is_sharded or torch.distributed.get_rank() == 0:
+        write(path, tensors, described)
+
+
+def _configuration(variant: Variant) -> Configuration:
+    return Configuration(
+        variant=variant.name,
+        variant_format=variant.format,
+        provider=" ".join(provider(type(variant))).strip(),
+        fields=variant.model_dump_json(),
+    )
+
+
+def _refuse_unloadable(path: FilePath, tensors: Mapping[str, Tensor]) -> None:
+    """An error for tensors that `load` would refuse."""
+    wrong = {}
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            wrong[key] = f"dtype {tensor.dtype} is not kept in files"
+        elif tensor.numel() == 0:
+            wrong[key] = "it is empty; is the model sharded by ZeRO-3?"
+        elif tensor.is_floating_point() and not is_finite(tensor):
+            wrong[key] = "has values that are not finite"
+    if wrong:
+        raise AdapterFileError(
+            f"the adapter cannot be saved: {len(wrong)} of its tensors could not be loaded again",
+            details=[f"{key}: {reason}" for key, reason in wrong.items()],
+            fix="A training that diverged leaves such values: go back to an earlier checkpoint",
+            path=str(path),
+            tensors=tuple(wrong),
+        )
+
+
+def _tell(root: nn.Module, state: AdapterState) -> None:
+    """Warn of what the file does not hold, and of what has no effect."""
+    registry = registry_of(root)
+    assert registry is not None
+    trained = [plain_path(n) for n, p in root.named_parameters() if p.requires_grad]
+    tell_unsaved([name for name in trained if name in registry.trainable])
+    tell_statistics(changed_statistics(root, registry.statistics))
+    if state.was_trained and not state.is_loaded:
+        tell_idle(state.scale, uncalled_layers(root, [state]), _unchanged(root, state))
+    else:
+        tell_idle(state.scale, (), ())
+
+
+def _unchanged(root: nn.Module, state: AdapterState) -> Sequence[str]:
+    """The layers whose parameters are still at their start, by path."""
+    unchanged = []
+    for path, attachment in state.attachments.items():
+        stored = attachment.stored(root.get_submodule(path))
+        trainable = [stored[name] for name, spec in attachment.specs.items() if spec.trainable]
+        if trainable and still_at_start(trainable):
+            unchanged.append(path)
+    return unchanged

@@ -1,0 +1,55 @@
+"""What a variant declares of each tensor that it puts on a site."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lora_lite.errors import VariantDefinitionError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor that a variant puts on a site.
+
+    Attributes:
+        shape: at least one dimension, all of them positive.
+        trainable: whether the optimizer sees it.
+        derived: it is frozen, and `Variant.derive` computes it again from the base alone, so that a
+            file may leave it out.
+        decay: whether weight decay applies (see `Adapter.param_groups`).
+        dtype: the stored dtype. None means attach's dtype (float32) for a trainable tensor, and the
+            site's for a frozen one.
+        compute: the dtype to which the core casts a floating-point tensor on every read.
+            "activation" is that of the layer's activations, "float32" is at least float32. Integer
+            tensors are never cast.
+    """
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    derived: bool = False
+    decay: bool = True
+    dtype: torch.dtype | None = None
+    compute: Literal["activation", "float32"] = "activation"
+
+    def __post_init__(self) -> None:
+        sizes = self.shape if isinstance(self.shape, tuple | list) else ()
+        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise VariantDefinitionError(
+                f"TensorSpec(shape={self.shape!r}) has no usable shape",
+                expected="A tensor needs one or more dimensions, all of them positive integers",
+            )
+        if self.derived and self.trainable:
+            raise VariantDefinitionError(
+                "a derived tensor cannot be trainable",
+                fix="Write TensorSpec(..., trainable=False, derived=True)",
+            )
+        if self.trainable and self.dtype is not None and not self.dtype.is_floating_point:
+            raise VariantDefinitionError(
+                f"a trainable tensor cannot have dtype {self.dtype}",
+                fix="Give it a floating-point dtype, or trainable=False",
+            )
+        if self.compute not in ("activation", "float32"):
+            raise VariantDefinitionError(
+                f"TensorSpec(compute={self.compute!r}): compute is 'activation' or 'float32'"
+            )

@@ -1,0 +1,196 @@
+"""Models and layers that cannot carry an adapter: refused before anything is changed."""
+
+import gc
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.errors import AdapterError
+from lora_lite.hooks import attribute
+from lora_lite.layers import is_dtensor
+from lora_lite.placements import Placement
+from lora_lite.registry import adapted_root, registry_of
+from lora_lite.tensor_spec import TensorSpec
+
+REASON = "Gradients of the adapter would silently not be reduced over the processes"
+
+
+# --- the model
+
+
+def refuse_wrapped(root: nn.Module) -> None:
+    """An error for a model that DDP, FSDP1 or FSDP2 has prepared already."""
+    wrapper = _wrapper_of(root)
+    if wrapper:
+        raise AdapterError(
+            f"the model {wrapper}",
+            expected=REASON,
+            fix="Attach, load and detach before the model is wrapped or sharded",
+        )
+
+
+def _wrapper_of(root: nn.Module) -> str:
+    """What has prepared a model for several processes, as the end of a sentence; "" if nothing."""
+    if isinstance(root, nn.parallel.DistributedDataParallel):
+        return "is wrapped in DistributedDataParallel"
+    if any(is_dtensor(parameter) for parameter in root.parameters()):
+        return "has sharded parameters (FSDP2, DTensor)"
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ""
+    if any(_is_fsdp1(module) for module in root.modules()):
+        return "is wrapped in FullyShardedDataParallel (FSDP1)"
+    if _inside_ddp(root):
+        return "is wrapped in DistributedDataParallel already: this is its inner module"
+    return ""
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel"
+
+
+def _inside_ddp(root: nn.Module) -> bool:
+    """Whether a DDP holds this model. It leaves no trace there, so all DDPs are looked at."""
+    ddp = nn.parallel.DistributedDataParallel
+    wrappers = [each for each in gc.get_objects() if isinstance(each, ddp)]
+    return any(root is module for wrapper in wrappers for module in wrapper.modules())
+
+
+def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> None:
+    """An error for everything about the model and the chosen layers that forbids to attach.
+
+    Raises:
+        AdapterError: a used name, another root, a base on the meta device or offloaded, weights
+            that are empty, complex or not finite, an attribute in the way.
+    """
+    _refuse_other_root(root, name)
+    for placement in placements:
+        _refuse_absent(placement)
+        _refuse_taken(placement, name)
+    _refuse_broken([placement for placement in placements if _plain_weight(placement) is not None])
+
+
+def _refuse_other_root(root: nn.Module, name: str) -> None:
+    found = adapted_root(root)
+    if found is not root:
+        raise AdapterError(
+            f"adapters were attached through a part of this model ({type(found).__name__})",
+            fix="Attach this one there too, or detach those first",
+        )
+    registry = registry_of(root)
+    if registry is not None and name in registry.adapters:
+        raise AdapterError(
+            f"an adapter named {name!r} is attached already",
+            expected=f"In use: {', '.join(sorted(registry.adapters))}",
+            fix="Detach it, or give another name=",
+            adapter=name,
+        )
+
+
+# --- the layers
+
+
+def _refuse_absent(placement: Placement) -> None:
+    """A layer whose weights are not there."""
+    module, path = placement.module, placement.path
+    if any(parameter.device.type == "meta" for parameter in module.parameters()):
+        raise AdapterError(
+            f"{path} is on the meta device (offloaded, or not loaded yet)",
+            expected="An adapter there would silently do nothing",
+            fix="Load the weights onto a real device first; plan() works on meta",
+            layer=path,
+        )
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise AdapterError(
+            f"{path} is offloaded by accelerate",
+            fix="Load the model without offloading this layer",
+            layer=path,
+        )
+
+
+def _refuse_taken(placement: Placement, name: str) -> None:
+    """A layer that has an attribute where a tensor of the adapter would go."""
+    for tensor in placement.specs:
+        key = attribute(name, tensor)
+        if hasattr(placement.module, key):
+            raise AdapterError(
+                f"{placement.path} has an attribute {key!r} already",
+                fix="Give the adapter another name=",
+                layer=placement.path,
+            )
+
+
+def _plain_weight(placement: Placement) -> Tensor | None:
+    """The weight as it is stored, if it holds numbers that torch can compute with."""
+    weight = placement.module._parameters.get("weight")
+    if weight is None or is_dtensor(weight):
+        return None
+    if weight.is_floating_point() and weight.element_size() == 1:
+        return None  # float8, for which torch has no arithmetic
+    return weight if weight.is_floating_point() or weight.is_complex() else None
+
+
+def _refuse_broken(placements: Sequence[Placement]) -> None:
+    """Layers whose weights are empty, complex or not finite."""
+    for placement in placements:
+        weight = _plain_weight(placement)
+        assert weight is not None
+        if weight.numel() == 0:
+            raise AdapterError(
+                f"the weight of {placement.path} is empty",
+                expected="ZeRO-3 leaves such weights when it has sharded a model",
+                fix="Attach before the model is sharded",
+                layer=placement.path,
+            )
+        if weight.is_complex():
+            raise AdapterError(
+                f"the weight of {placement.path} is complex ({weight.dtype})",
+                fix="Leave the layer out with exclude=",
+                layer=placement.path,
+            )
+    largest = largest_entries(placements)
+    for placement, entry in zip(placements, largest, strict=True):
+        if entry != entry or entry == float("inf"):
+            raise AdapterError(
+                f"the weight of {placement.path} has values that are not finite",
+                fix="Load the base again; check how it was converted",
+                layer=placement.path,
+            )
+
+
+def zero_weights(placements: Sequence[Placement]) -> list[str]:
+    """The paths of the layers whose weight is 0 everywhere."""
+    plain = [placement for placement in placements if _plain_weight(placement) is not None]
+    entries = largest_entries(plain)
+    return [p.path for p, entry in zip(plain, entries, strict=True) if entry == 0]
+
+
+def largest_entries(placements: Sequence[Placement]) -> list[float]:
+    """The largest magnitude in each layer's weight, all of them read in one go."""
+    weights = [placement.module._parameters["weight"] for placement in placements]
+    plain = [weight.detach() for weight in weights if weight is not None]
+    if not plain:
+        return []
+    norms = torch._foreach_norm(plain, float("inf"))
+    return [float(norm) for norm in torch.stack([norm.float().cpu() for norm in norms])]
+
+
+# --- the adapter's own tensors
+
+
+def refuse_shards(
+    name: str, path: str, specs: Mapping[str, TensorSpec], stored: Mapping[str, Tensor]
+) -> None:
+    """An error if a layer holds only a part of its tensors, as under FSDP1 and ZeRO-3."""
+    for tensor, spec in specs.items():
+        if tuple(stored[tensor].shape) != spec.shape:
+            raise AdapterError(
+                f"{path} holds only a shard of {tensor!r}: shape {list(stored[tensor].shape)} "
+                f"instead of {list(spec.shape)}",
+                expected="FSDP1 (FullyShardedDataParallel) and ZeRO-3 leave such shards",
+                fix="Call this inside FSDP.summon_full_params(model) or "
+                "deepspeed.zero.GatheredParameters(adapter.parameters()); FSDP2 (fully_shard) "
+                "needs neither",
+                adapter=name,
+                layer=path,
+            )

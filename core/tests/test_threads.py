@@ -81,7 +81,7 @@ barrier, wrong = threading.Barrier(2 * len(names)), []
 def use(name):
     barrier.wait()
     try:
-        ll.attach(nn.Sequential(nn.Linear(4, 4)), name, r=2, targets=".")
+        ll.attach(nn.Sequential(nn.Linear(4, 4)), name, r=4, targets=".")
     except Exception as error:
         wrong.append(f"{name}: {type(error).__name__}: {error}")
 

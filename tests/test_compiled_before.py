@@ -184,9 +184,7 @@ model(torch.ones(1, 4)).sum().backward()
 ll.detach(model)
 assert "torch._dynamo" not in sys.modules
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -197,8 +195,8 @@ def test_training_a_model_that_was_compiled_before(blocks: Make) -> None:
     reference = blocks()
     outputs = []
     for target, run in ((model, compiled), (reference, reference)):
-        adapter = changed(ll.attach(target, "lora", r=2))
-        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+        adapter = changed(ll.attach(target, "lora", r=2), 0.01)
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.01)
         for step in range(4):
             optimizer.zero_grad()
             run(X).square().mean().backward()

@@ -107,7 +107,11 @@ def test_another_name_is_refused(blocks: Make, strict: bool) -> None:
 
 def test_other_sites_are_refused(blocks: Make) -> None:
     """Promise: so would the sites that the state dict does not have."""
-    for saved, attached in [({"layers": 0}, {}), ({}, {"layers": 0}), ({"layers": 0}, {"layers": 1})]:
+    for saved, attached in [
+        ({"layers": 0}, {}),
+        ({}, {"layers": 0}),
+        ({"layers": 0}, {"layers": 1}),
+    ]:
         model, again = blocks(), blocks()
         trained(model, **saved)
         ll.attach(again, "lora", r=2, **attached)

@@ -82,7 +82,9 @@ def expected(names: set[str]) -> Tensor:
 
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from("ab"), st.sampled_from(["disabled", "frozen"]), st.integers(0, 5)),
+        st.tuples(
+            st.sampled_from("ab"), st.sampled_from(["disabled", "frozen"]), st.integers(0, 5)
+        ),
         max_size=14,
     )
 )

@@ -1,4 +1,4 @@
-"""A model that was compiled before: an adapter that comes or goes afterwards is seen by the warm compiled model."""
+"""A model that was compiled before sees an adapter that comes or goes afterwards."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def warm(make: Make, way: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any, T
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_first_adapter_is_seen(blocks: Make, way: Callable[[nn.Module], Any]) -> None:
-    """Promise: after attach the warm compiled model computes with the adapter, and its parameters get
-    gradients; after detach it is the base again."""
+    """Promise: after attach the warm compiled model computes with the adapter, and its parameters
+    get gradients; after detach it is the base again.
+    """
     model, compiled, base = warm(blocks, way)
     adapter = changed(ll.attach(model, "lora", r=2))
     with torch.no_grad():
@@ -154,7 +155,7 @@ def test_attaching_through_the_wrapper(blocks: Make, through: str) -> None:
 
 
 def test_switches_of_a_compiled_model(blocks: Make) -> None:
-    """Promise: scale, disabled() and frozen() are seen too, by a model that is warm with the adapter."""
+    """Promise: scale, disabled() and frozen() are seen by a model that is warm with the adapter."""
     model, compiled, base = warm(blocks, whole)
     adapter = changed(ll.attach(model, "dora", r=2))
     reference = blocks()
@@ -172,8 +173,9 @@ def test_switches_of_a_compiled_model(blocks: Make) -> None:
 
 
 def test_attach_imports_no_compiler() -> None:
-    """Promise: where nothing was compiled, attach, load and detach do not load torch's compiler, which
-    takes seconds."""
+    """Promise: where nothing was compiled, attach, load and detach do not load torch's compiler,
+    which takes seconds.
+    """
     code = """
 import sys, torch, lora_lite as ll
 from torch import nn

@@ -1,7 +1,8 @@
 """All or nothing: an exception at any line of attach, load or detach leaves no half of an adapter.
 
-A trace function raises once, at one line of lora-lite or of a plugin that the call executes. Afterwards
-the model is what it was before the call, or the call is done whole; and the next call works.
+A trace function raises once, at one line of lora-lite or of a plugin that the call executes.
+Afterwards the model is what it was before the call, or the call is done whole; and the next call
+works.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class InjectedError(Exception):
 
 
 class Three(nn.Module):
-    """Three layers, one parameter of which did not train before, one module of which is in eval mode."""
+    """Three layers, one parameter of which did not train before, one module of which is in eval
+    mode.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ def traced(at_line: Callable[[Line], None]) -> Iterator[None]:
         return on_line
 
     before = sys.gettrace()
-    sys.settrace(lambda frame, event, _: on_line if is_own(frame) else None)
+    sys.settrace(lambda frame, *_: on_line if is_own(frame) else None)
     try:
         yield
     finally:
@@ -287,8 +290,9 @@ def test_a_fault_at_every_line(
 
 
 def test_the_injector_reaches_every_stage(tmp_path: Path, untouched: Untouched) -> None:
-    """These tests can fail: an attach executes hundreds of lines, in the core and in the plugin, and
-    a model that is really half changed is seen."""
+    """These tests can fail: an attach executes hundreds of lines, in the core and in the plugin,
+    and a model that is really half changed is seen.
+    """
     lines = Trial("attach", "antipasto", False, tmp_path).lines()
     assert len(lines) > 300
     assert len({Path(file).parent for file, _ in lines}) > 1
@@ -301,7 +305,9 @@ def test_the_injector_reaches_every_stage(tmp_path: Path, untouched: Untouched) 
 
 
 def test_load_state_dict_copies_after_everything_is_checked(blocks: Any) -> None:
-    """Promise: an error of load_state_dict leaves every tensor as it was, wherever the fault stands."""
+    """Promise: an error of load_state_dict leaves every tensor as it was, wherever the fault
+    stands.
+    """
     adapter = ll.attach(blocks(), "lora", r=2)
     before = {key: value.clone() for key, value in adapter.state_dict().items()}
     faults: dict[str, Callable[[Tensor], Tensor]] = {
@@ -337,7 +343,7 @@ def test_a_failing_exit_of_a_kind_does_not_stop_the_rest(
 
     exits: list[nn.Module] = []
 
-    def failing(self: object, module: nn.Module) -> None:
+    def failing(_: object, module: nn.Module) -> None:
         exits.append(module)
         if len(exits) == nth:
             raise ZeroDivisionError("exit")

@@ -1,7 +1,9 @@
-"""Arguments: every wrong value is an error of ours that names the argument; right ones may be of unusual types.
+"""Arguments: every wrong value is an error of ours that names the argument; right ones may be of
+unusual types.
 
-A fuzzer draws a call, one of its arguments, and a wrong value for it; everything else about the call is
-right. What is right for an argument is said once, in `ARGUMENTS`, by the values of a pool that are not wrong.
+A fuzzer draws a call, one of its arguments, and a wrong value for it; everything else about the
+call is right. What is right for an argument is said once, in `ARGUMENTS`, by the values of a pool
+that are not wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,8 +42,10 @@ class Colour(enum.Enum):
 
 # Values that no argument takes.
 NONSENSE: tuple[Any, ...] = (
-    object(), Colour.RED, lambda: 0, NotImplemented, Ellipsis, 1j, nn.Linear, slice(3), np.datetime64("now"),
-    torch.ones(2, 2, dtype=torch.bool), np.ones((2, 2)), bytearray(b"up"), memoryview(b"up"), ValueError("up"), type,
+    object(), Colour.RED, lambda: 0, NotImplemented, Ellipsis, 1j, nn.Linear, slice(3),
+    np.datetime64("now"),
+    torch.ones(2, 2, dtype=torch.bool), np.ones((2, 2)), bytearray(b"up"), memoryview(b"up"),
+    ValueError("up"), type,
     np.array(None),
 )  # fmt: skip
 
@@ -61,13 +66,18 @@ NUMBERS: tuple[Any, ...] = (
 BOOLS: tuple[Any, ...] = (True, False, np.True_)
 BYTES: tuple[Any, ...] = (b"", b"up", re.compile(b"up"))
 HOLDERS: tuple[Any, ...] = (
-    [3], [None], [True], ["up", 3], [["up"]], (1.5,), [b"up"], [object()], {"up": 3}, {3: "up"}, [0, "a"],
+    [3], [None], [True], ["up", 3], [["up"]], (1.5,), [b"up"], [object()], {"up": 3}, {3: "up"},
+    [0, "a"],
 )  # fmt: skip
 OVERRIDES: tuple[Any, ...] = (
-    [], (), "", 0, False, "up", ["up"], [("up", {"r": 2})], {"up": 3}, {"up": None}, {"up": "r"}, {"up": []},
-    {"up": ["r"]}, {3: {"r": 2}}, {None: {"r": 2}}, {"(": {"r": 2}}, {"nothing": {"r": 2}}, {"up": {3: 2}},
-    {"up": {"rank": 2}}, {"up": {"r": "2"}}, {"up": {"r": 0}}, {"up": {"r": True}}, {"up": {"r": None}},
-    {b"up": {"r": 2}}, {"up": LoRA()}, {"up": {"alpha": INF}}, {"up": {"targets": "x"}}, {("up",): {"r": 2}},
+    [], (), "", 0, False, "up", ["up"], [("up", {"r": 2})], {"up": 3}, {"up": None}, {"up": "r"},
+    {"up": []},
+    {"up": ["r"]}, {3: {"r": 2}}, {None: {"r": 2}}, {"(": {"r": 2}}, {"nothing": {"r": 2}},
+    {"up": {3: 2}},
+    {"up": {"rank": 2}}, {"up": {"r": "2"}}, {"up": {"r": 0}}, {"up": {"r": True}},
+    {"up": {"r": None}},
+    {b"up": {"r": 2}}, {"up": LoRA()}, {"up": {"alpha": INF}}, {"up": {"targets": "x"}},
+    {("up",): {"r": 2}},
 )  # fmt: skip
 NO_MODULE: tuple[Any, ...] = (None, "model", {}, [], nn.Linear, 3, [nn.Linear(2, 2)], torch.ones(2))
 NO_VARIANT: tuple[Any, ...] = (
@@ -98,7 +108,8 @@ NO_NAME: tuple[Any, ...] = (
     "a\x00",
 )
 NO_DTYPE: tuple[Any, ...] = (
-    torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "int8", "float8", "bool", "float", "nothing", "",
+    torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "int8", "float8", "bool",
+    "float", "nothing", "",
     "torch.int64", int, 32, True, ["float32"], np.int64, b"float32", torch.ones(1),
 )  # fmt: skip
 NO_SEED: tuple[Any, ...] = (
@@ -117,7 +128,8 @@ NO_SEED: tuple[Any, ...] = (
     1j,
 )
 NO_CALIBRATION: tuple[Any, ...] = (
-    3, 1.5, True, torch.ones(2, 8), {}, {"x": torch.ones(9, 8)}, [], (), nn.Linear, "text", ["text"], [None], [{}],
+    3, 1.5, True, torch.ones(2, 8), {}, {"x": torch.ones(9, 8)}, [], (), nn.Linear, "text",
+    ["text"], [None], [{}],
     [{3: torch.ones(9, 8)}], [torch.ones(9, 5)], iter(()), [torch.ones(9, 8), "text"], object(),
 )  # fmt: skip
 NO_SCALE: tuple[Any, ...] = (
@@ -182,7 +194,8 @@ NO_BOOL: tuple[Any, ...] = (
     np.ones(2),
 )
 NO_RENAME: tuple[Any, ...] = (
-    3, "a", ["a"], [("a", "b")], {"(": "x"}, {3: "x"}, {"a": 3}, {"a": None}, {None: "a"}, {"blocks": r"\9"},
+    3, "a", ["a"], [("a", "b")], {"(": "x"}, {3: "x"}, {"a": 3}, {"a": None}, {None: "a"},
+    {"blocks": r"\9"},
     {b"a": b"b"}, True, {"a": ["b"]}, {"blocks": r"\g<no>"},
 )  # fmt: skip
 NO_CLASS: tuple[Any, ...] = ("lora", 3, nn.Linear, LoRA(), object(), [3], AntiPaSTO, True, int)
@@ -220,15 +233,25 @@ def _attach(model: Any, variant: Any = "lora", **arguments: Any) -> Any:
     return ll.attach(model, variant, **{"name": "another", **arguments})
 
 
+def _calibrated(model: nn.Module, data: Any) -> Any:
+    return _attach(model, "eva", r=2, calibration=data)
+
+
+def _keyword(call: Callable[..., Any], name: str) -> Callable[[nn.Module, Any], Any]:
+    return lambda model, value: call(model, **{name: value})
+
+
 def _plan(model: Any, variant: Any = "lora", **arguments: Any) -> Any:
     return ll.plan(model, variant, **arguments)
 
 
 WRONG_PATTERNS = (
-    *NUMBERS, *BOOLS, "up(", "*", "nothing", "\x00", "\ud800", "x" * 10_000, *BYTES, *HOLDERS, *NONSENSE,
+    *NUMBERS, *BOOLS, "up(", "*", "nothing", "\x00", "\ud800", "x" * 10_000, *BYTES, *HOLDERS,
+    *NONSENSE,
 )  # fmt: skip
 WRONG_LAYERS = (
-    2, -1, 2**70, 0.5, NAN, INF, "0", "all", "", [], (), [0, "a"], [0, 2], [1.0], [True], True, [None], [[0]],
+    2, -1, 2**70, 0.5, NAN, INF, "0", "all", "", [], (), [0, "a"], [0, 2], [1.0], [True], True,
+    [None], [[0]],
     {"0"}, b"\x00", [b"0"], np.array([0.5]), np.array([True]), *NONSENSE,
 )  # fmt: skip
 
@@ -238,7 +261,7 @@ def cases(folder: Path) -> list[Case]:
     file = folder / "file"
     found = []
     for function, call in (("attach", _attach), ("plan", _plan)):
-        keyword = lambda name, call=call: lambda m, v: call(m, **{name: v})
+        keyword = partial(_keyword, call)
         found += [
             Case(function, "model", NO_MODULE, lambda _, v, call=call: call(v), "model|Module"),
             Case(function, "variant", NO_VARIANT, lambda m, v, call=call: call(m, v)),
@@ -259,28 +282,36 @@ def cases(folder: Path) -> list[Case]:
             ),
             *(Case(function, field, wrong, keyword(field)) for field, wrong in NO_FIELD.items()),
         ]  # fmt: skip
-    eva = lambda m, v: _attach(m, "eva", r=2, calibration=v)
     found += [
         Case("attach", "name", (*NO_NAME, *NONSENSE), lambda m, v: _attach(m, name=v)),
         Case("attach", "dtype", (*NO_DTYPE, *NONSENSE), lambda m, v: _attach(m, dtype=v)),
         Case("attach", "seed", (*NO_SEED, *NONSENSE), lambda m, v: _attach(m, seed=v)),
-        Case("attach", "calibration", NO_CALIBRATION, eva),
-        Case("attach", "calibration", ([torch.ones(9, 8)], 3, []), lambda m, v: _attach(m, calibration=v)),
+        Case("attach", "calibration", NO_CALIBRATION, _calibrated),
+        Case("attach", "calibration", ([torch.ones(9, 8)], 3, []), lambda m, v: _attach(m,
+        calibration=v)),
         Case("load", "model", NO_MODULE, lambda _, v: ll.load(v, file), "model|Module"),
-        Case("load", "path", (*NO_PATH, *NONSENSE), lambda m, v: ll.load(m, v), "path|cannot be read|safetensors|file"),
+        Case("load", "path", (*NO_PATH, *NONSENSE), lambda m, v: ll.load(m, v),
+        "path|cannot be read|safetensors|file"),
         Case("load", "name", (*NO_NAME, *NONSENSE), lambda m, v: ll.load(m, file, name=v)),
-        Case("load", "variant", (*NO_CLASS, *NONSENSE), lambda m, v: ll.load(m, file, variant=v, name="b")),
+        Case("load", "variant", (*NO_CLASS, *NONSENSE), lambda m, v: ll.load(m, file, variant=v,
+        name="b")),
         Case("load", "check_base", NO_BOOL, lambda m, v: ll.load(m, file, name="b", check_base=v)),
-        Case("load", "dtype", (*NO_DTYPE, *NONSENSE), lambda m, v: ll.load(m, file, name="b", dtype=v)),
-        Case("load", "rename", (*NO_RENAME, *NONSENSE), lambda m, v: ll.load(m, file, name="b", rename=v)),
+        Case("load", "dtype", (*NO_DTYPE, *NONSENSE), lambda m, v: ll.load(m, file, name="b",
+        dtype=v)),
+        Case("load", "rename", (*NO_RENAME, *NONSENSE), lambda m, v: ll.load(m, file, name="b",
+        rename=v)),
         Case("save", "model", NO_MODULE, lambda _, v: ll.save(v, folder / "out"), "model|Module"),
-        Case("save", "path", (*NO_PATH, *NONSENSE), lambda m, v: ll.save(m, v), "path|cannot be written|file"),
-        Case("save", "name", ("", "x", 3, True, [], b"there", object()), lambda m, v: ll.save(m, folder / "out", v)),
+        Case("save", "path", (*NO_PATH, *NONSENSE), lambda m, v: ll.save(m, v),
+        "path|cannot be written|file"),
+        Case("save", "name", ("", "x", 3, True, [], b"there", object()), lambda m, v: ll.save(m,
+        folder / "out", v)),
         Case("save", "derived", NO_BOOL, lambda m, v: ll.save(m, folder / "out", derived=v)),
-        Case("detach", "name", ("", "x", 3, True, [], b"there", object()), lambda m, v: ll.detach(m, v)),
+        Case("detach", "name", ("", "x", 3, True, [], b"there", object()), lambda m,
+        v: ll.detach(m, v)),
         Case("adapters", "model", NO_MODULE, lambda _, v: ll.adapters(v), "model|Module"),
         Case("scale", "scale", (*NO_SCALE, *NONSENSE), lambda m, v: setattr(there(m), "scale", v)),
-        Case("param_groups", "weight_decay", (*NO_DECAY, *NONSENSE), lambda m, v: there(m).param_groups(v)),
+        Case("param_groups", "weight_decay", (*NO_DECAY, *NONSENSE), lambda m,
+        v: there(m).param_groups(v)),
     ]  # fmt: skip
     return found
 
@@ -296,7 +327,7 @@ def fuzz(model: nn.Module, untouched: Untouched, folder: Path, number: int) -> N
     everything = [(case, value) for case in known for value in case.wrong]
     drawn = [*everything, *(rng.choice(everything) for _ in range(number - len(everything)))]
     for case, value in drawn[:number]:
-        what = f"{case} = {value!r:.60}"
+        what = f"{case} = {repr(value)[:60]}"
         try:
             with untouched(model):
                 case.call(model, value)
@@ -307,7 +338,7 @@ def fuzz(model: nn.Module, untouched: Untouched, folder: Path, number: int) -> N
         except AssertionError:
             found.append(f"{what}: taken, and the model is changed")
         except BaseException as error:
-            found.append(f"{what}: {type(error).__name__}: {str(error):.90}")
+            found.append(f"{what}: {type(error).__name__}: {error!s:.90}")
         else:
             found.append(f"{what}: taken")
         for name in set(ll.adapters(model)) - {"there"}:
@@ -349,8 +380,10 @@ def test_several_wrong_arguments_at_once(prepared: nn.Module, untouched: Untouch
     """Promise: a call with everything wrong is an error of ours too, whichever it names first."""
     rng = random.Random(0)
     pools = {
-        "name": NO_NAME, "targets": WRONG_PATTERNS, "exclude": WRONG_PATTERNS, "layers": WRONG_LAYERS,
-        "overrides": OVERRIDES, "calibration": NO_CALIBRATION, "dtype": NO_DTYPE, "seed": NO_SEED, **NO_FIELD,
+        "name": NO_NAME, "targets": WRONG_PATTERNS, "exclude": WRONG_PATTERNS,
+        "layers": WRONG_LAYERS,
+        "overrides": OVERRIDES, "calibration": NO_CALIBRATION, "dtype": NO_DTYPE, "seed": NO_SEED,
+        **NO_FIELD,
     }  # fmt: skip
     with untouched(prepared):
         for _ in range(200):
@@ -416,8 +449,9 @@ UNUSUAL: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_unusual_types_are_taken_and_saved(
     blocks: Make, tmp_path: Path, given: dict[str, Any], plain: dict[str, Any]
 ) -> None:
-    """Promise: numbers of numpy, compiled patterns, texts for dtypes and any iterable are taken where
-    the plain thing is, do the same, and come back from a file."""
+    """Promise: numbers of numpy, compiled patterns, texts for dtypes and any iterable are taken
+    where the plain thing is, do the same, and come back from a file.
+    """
     adapter = ll.attach(blocks(), "lora", **{"r": 2, **given})
     expected = ll.attach(blocks(), "lora", **{"r": 2, **plain})
     assert same_adapter(adapter, expected)
@@ -469,7 +503,7 @@ def test_paths_of_unusual_types(blocks: Make, tmp_path: Path, form: Any) -> None
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
 
 
-def test_instances_validate_as_names_do(blocks: Make) -> None:
+def test_instances_validate_as_names_do() -> None:
     """Promise: numbers of numpy in the typed form are plain ones too."""
     made = LoRA(r=np.int64(2), alpha=np.float64(3.0))
     assert made == LoRA(r=2, alpha=3.0)

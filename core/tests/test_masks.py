@@ -1,6 +1,8 @@
-"""Masks: padding is left out of calibration whatever form its mask has; one that cannot be matched is an error.
+"""Masks: padding is left out of calibration whatever form its mask has; one that cannot be matched
+is an error.
 
-Held with EVA, whose tensors are the principal directions of what it saw: padding that counts turns them.
+Held with EVA, whose tensors are the principal directions of what it saw: padding that counts turns
+them.
 """
 
 from __future__ import annotations
@@ -108,8 +110,9 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("mask", FORMS.values(), ids=FORMS)
 def test_every_usual_form(mask: Any) -> None:
-    """Promise: bool, int, float 0/1, additive, 4-D, numpy, list: padding does not count, whatever the
-    form in which the mask says so."""
+    """Promise: bool, int, float 0/1, additive, 4-D, numpy, list: padding does not count, whatever
+    the form in which the mask says so.
+    """
     assert_right({"x": inputs(), "attention_mask": mask})
 
 
@@ -129,7 +132,8 @@ def test_rare_forms_are_right_or_refused(mask: Any) -> None:
     try:
         assert_right({"x": inputs(), "attention_mask": mask})
     except ll.CalibrationError as error:
-        assert "mask" in str(error)
+        if "mask" not in str(error):
+            raise
 
 
 @pytest.mark.parametrize("form", ["(B, T)", "(B, 1, 1, T)", "causal", "causal additive"])
@@ -254,9 +258,12 @@ def tiny_bart() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = BartForConditionalGeneration(
         BartConfig(
-            vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+            vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+            max_position_embeddings=32,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+            forced_eos_token_id=2,
         )
     )  # fmt: skip
     return model

@@ -1,4 +1,6 @@
-"""Resuming: a state dict of an adapted model goes back under the same variant, fields and name, or is refused."""
+"""Resuming: a state dict of an adapted model goes back under the same variant, fields and name, or
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -121,8 +123,9 @@ def test_other_sites_are_refused(blocks: Make) -> None:
 
 
 def test_several_adapters(blocks: Make) -> None:
-    """Promise: each adapter is checked against its own fields; one that the state dict lacks, or has
-    too many, is said."""
+    """Promise: each adapter is checked against its own fields; one that the state dict lacks, or
+    has too many, is said.
+    """
     model, again = blocks(), blocks()
     for target in (model, again):
         trained(target, name="a", alpha=1.0)
@@ -141,8 +144,9 @@ def test_several_adapters(blocks: Make) -> None:
 
 
 def test_base_weights_alone_still_load(blocks: Make) -> None:
-    """Promise: what is no adapter's state is not complained of: the base's weights go into an adapted
-    model with strict=False, the adapter stays."""
+    """Promise: what is no adapter's state is not complained of: the base's weights go into an
+    adapted model with strict=False, the adapter stays.
+    """
     model, base = blocks(), blocks(width=8)
     with torch.no_grad():
         for p in base.parameters():
@@ -173,8 +177,10 @@ def fields_keys(state: Any) -> list[str]:
 
 
 def test_where_the_fields_are(blocks: Make, untouched: Any, tmp_path: Path) -> None:
-    """Promise: one frozen tensor, `lora_<name>_fields` on the adapter's first site, which is no part
-    of the adapter's own state, of its file, its parameters or its optimizer, and goes on detach."""
+    """Promise: one frozen tensor, `lora_<name>_fields` on the adapter's first site, which is no
+    part of the adapter's own state, of its file, its parameters or its optimizer, and goes on
+    detach.
+    """
     model = blocks()
     with untouched(model):
         adapter = trained(model, name="n")
@@ -215,7 +221,7 @@ def test_the_fields_survive_what_happens_to_a_model(blocks: Make) -> None:
     assert not fields_keys(twin.state_dict())
 
 
-def test_a_refused_state_dict_changes_nothing(blocks: Make, untouched: Any) -> None:
+def test_a_refused_state_dict_changes_nothing(blocks: Make) -> None:
     """Promise: the fields are checked before the first tensor is copied."""
     model, again = blocks(), blocks()
     trained(model, alpha=64.0)
@@ -251,7 +257,8 @@ def train(model: nn.Module, folder: Path, steps: int, resume: Path | None = None
 
     set_seed(0)
     arguments = TrainingArguments(
-        folder, max_steps=steps, save_steps=1, learning_rate=5e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+        folder, max_steps=steps, save_steps=1, learning_rate=5e-2, report_to=[], use_cpu=True,
+        disable_tqdm=True,
         dataloader_pin_memory=False, lr_scheduler_type="constant", per_device_train_batch_size=1,
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]

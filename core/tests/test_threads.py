@@ -96,7 +96,7 @@ print("\\n".join(wrong) or "right")
 
 @pytest.mark.parametrize("names", [["lora"] * 4, ["lora", "dora", "pissa", "antipasto", "hra"]])
 def test_first_use_of_plugins_by_many_threads(names: list[str]) -> None:
-    """Promise: in a fresh process any number of threads may use the same plugin, or several, for the
+    """Promise: in a fresh process any number of threads may use one plugin, or several, for the
     first time at once."""
     done = subprocess.run(
         [sys.executable, "-c", FIRST_USE, *names], capture_output=True, text=True, check=False
@@ -170,7 +170,7 @@ def test_contexts_of_several_threads(blocks: Make) -> None:
 
 
 def test_disabled_is_of_its_thread_or_says_that_it_is_not(blocks: Make) -> None:
-    """Promise: disabled() holds for its own thread, or its documentation says that it holds for all."""
+    """Promise: disabled() holds for its own thread, or its documentation says: for all."""
     model = blocks()
     adapter = filled(ll.attach(model, "lora", r=4), 0.1)
     x = torch.randn(3, 8)
@@ -234,8 +234,9 @@ def test_several_adapters_come_to_one_model_at_once(
 
 
 def test_one_name_for_several_threads(blocks: Make, untouched: Untouched) -> None:
-    """Promise: of several threads that attach under one name exactly one succeeds, and the others are
-    told; of several that detach it, likewise."""
+    """Promise: of several threads that attach under one name exactly one succeeds, and the others
+    are told; of several that detach it, likewise.
+    """
     model = blocks()
     with untouched(model):
         results = together([lambda: ll.attach(model, "lora", r=2) for _ in range(6)])

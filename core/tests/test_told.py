@@ -1,4 +1,6 @@
-"""Nothing fails silently: what is not applied, not trained or not saved is told, with what to do about it."""
+"""Nothing fails silently: what is not applied, not trained or not saved is told, with what to do
+about it.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,9 @@ class Reads(nn.Module):
 
 
 def test_a_site_that_is_never_called_is_told_at_the_first_training_forward() -> None:
-    """Promise: the first training forward that did not call a site says so, once, with the sites and
-    `exclude=`; an evaluation, which may leave parts of a model out, does not."""
+    """Promise: the first training forward that did not call a site says so, once, with the sites
+    and `exclude=`; an evaluation, which may leave parts of a model out, does not.
+    """
     model = Reads()
     ll.attach(model, "lora", r=2)
     x = torch.randn(3, 8)
@@ -132,8 +135,9 @@ def test_mamba(tmp_path: Path) -> None:
 
 
 def test_saving_what_was_never_trained(blocks: Make, tmp_path: Path) -> None:
-    """Promise: saving parameters that never changed although the model was trained is told (as where
-    the optimizer has other parameters); after a step, or after a load, it is not."""
+    """Promise: saving parameters that never changed although the model was trained is told (as
+    where the optimizer has other parameters); after a step, or after a load, it is not.
+    """
     model = blocks()
     adapter = ll.attach(model, "lora", r=2)
     x = torch.randn(4, 8)
@@ -178,14 +182,18 @@ def test_check_takes_any_output() -> None:
 
 
 def tiny_moe() -> nn.Module:
-    """A Qwen3-MoE of transformers: most of its weights are expert weights, which are bare parameters."""
+    """A Qwen3-MoE of transformers: most of its weights are expert weights, which are bare
+    parameters.
+    """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     model: nn.Module = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, head_dim=16,
-            num_attention_heads=2, num_key_value_heads=2, vocab_size=64, num_experts=4, num_experts_per_tok=2,
+            hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+            head_dim=16,
+            num_attention_heads=2, num_key_value_heads=2, vocab_size=64, num_experts=4,
+            num_experts_per_tok=2,
             decoder_sparse_step=1,
         )
     )  # fmt: skip
@@ -193,8 +201,9 @@ def tiny_moe() -> nn.Module:
 
 
 def test_experts_that_stay_frozen_are_told() -> None:
-    """Promise: with default targets, weights out of reach that hold more than a tenth of the repeated
-    blocks' weights are told by attach; who chose targets knows, and is not."""
+    """Promise: with default targets, weights out of reach that hold more than a tenth of the
+    repeated blocks' weights are told by attach; who chose targets knows, and is not.
+    """
     model = tiny_moe()
     (text,) = told(lambda: ll.attach(model, "lora", r=2))
     assert "experts" in text
@@ -251,16 +260,18 @@ def tiny_classifier() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = LlamaForSequenceClassification(
         LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=32,
             pad_token_id=0, num_labels=3,
         )
     )  # fmt: skip
     return model
 
 
-def test_a_frozen_head_is_told(tiny_llama: Make, tmp_path: Path) -> None:
-    """Promise: attach names a classification head that it freezes; a language model's own head, or a
-    head that was frozen before, it does not."""
+def test_a_frozen_head_is_told(tiny_llama: Make) -> None:
+    """Promise: attach names a classification head that it freezes; a language model's own head, or
+    a head that was frozen before, it does not.
+    """
     model = tiny_classifier()
     (text,) = told(lambda: ll.attach(model, "lora", r=2))
     assert "score" in text
@@ -313,7 +324,7 @@ class Foreign(nn.Module):
         return x
 
 
-def test_a_foreign_linear_layer_beside_plain_ones(untouched: Untouched) -> None:
+def test_a_foreign_linear_layer_beside_plain_ones() -> None:
     """Promise: a layer that looks linear by any of the usual names, and that nothing here can read,
     is named, not passed over beside the plain ones."""
     model = nn.ModuleDict(
@@ -364,8 +375,9 @@ class Stage(nn.Module):
 
 
 def test_a_sequential_of_one_class_counts_as_blocks() -> None:
-    """Promise: repeated blocks that a model (timm's) holds in an nn.Sequential are blocks, by default
-    and for layers=; a Sequential of torch's own layers is not."""
+    """Promise: repeated blocks that a model (timm's) holds in an nn.Sequential are blocks, by
+    default and for layers=; a Sequential of torch's own layers is not.
+    """
 
     class Vision(nn.Module):
         def __init__(self) -> None:
@@ -377,15 +389,13 @@ def test_a_sequential_of_one_class_counts_as_blocks() -> None:
             out: Tensor = self.tail(self.blocks(x))
             return out
 
-    paths = lambda **choice: [p.layer.path for p in _placements(Vision(), **choice)]
+    def paths(**choice: Any) -> list[str]:
+        return [p.path for p in ll.plan(Vision(), "lora", r=2, **choice).placements]
+
     assert paths() == ["blocks.0.fc", "blocks.1.fc", "blocks.2.fc"]
     assert paths(layers=[0, 2]) == ["blocks.0.fc", "blocks.2.fc"]
     with pytest.raises(ll.TargetError, match="layers"):
         ll.plan(Vision(), "lora", r=2, layers=3)
-
-
-def _placements(model: nn.Module, **choice: Any) -> Any:
-    return ll.plan(model, "lora", r=2, **choice).placements
 
 
 # --- layers that are replaced while adapted
@@ -550,8 +560,9 @@ def refused(model: nn.Module, path: Path, *words: str) -> str:
 def test_a_directory_of_save_pretrained(
     adapted: nn.Module, tiny_llama: Make, untouched: Untouched, tmp_path: Path
 ) -> None:
-    """Promise: the folder that `model.save_pretrained` wrote, and the file in it, are said to be the
-    weights of an adapted model, with how an adapter is saved."""
+    """Promise: the folder that `model.save_pretrained` wrote, and the file in it, are said to be
+    the weights of an adapted model, with how an adapter is saved.
+    """
     adapted.save_pretrained(tmp_path / "whole")
     with untouched(model := tiny_llama()):
         refused(model, tmp_path / "whole", "directory|folder", r"save\(")
@@ -621,8 +632,9 @@ def prefixed(model: nn.Module, prefix: str) -> nn.Module:
 
 
 def test_another_wrapper(blocks: Make, untouched: Untouched, tmp_path: Path) -> None:
-    """Promise: a file whose sites have another prefix than the model's is loaded with rename=, and the
-    error without it proposes just that, in words that can be pasted."""
+    """Promise: a file whose sites have another prefix than the model's is loaded with rename=, and
+    the error without it proposes just that, in words that can be pasted.
+    """
     x = torch.randn(3, 8)
     wrapped = prefixed(blocks(), "policy")
     changed(ll.attach(wrapped, "lora", r=2)).save(tmp_path / "wrapped")
@@ -663,8 +675,9 @@ def test_renames_that_are_wrong(
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
 def test_adapters_of_two_names_start_apart(blocks: Make, variant: str) -> None:
-    """Promise: two adapters of one variant on one model have start values of their own, so that they
-    do not stay one adapter for ever; the same name and seed start alike, on any model."""
+    """Promise: two adapters of one variant on one model have start values of their own, so that
+    they do not stay one adapter for ever; the same name and seed start alike, on any model.
+    """
     model = blocks()
     one, two = (ll.attach(model, variant, r=2, name=name).state_dict() for name in ("one", "two"))
     again = ll.attach(blocks(), variant, r=2, name="one").state_dict()
@@ -712,7 +725,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "antipasto"])
 @pytest.mark.parametrize("weight", BROKEN.values(), ids=BROKEN)
-def test_a_broken_base_weight_is_named(untouched: Untouched, variant: str, weight: Tensor) -> None:
+def test_a_broken_base_weight_is_named(variant: str, weight: Tensor) -> None:
     """Promise: a base weight that is not finite, complex or empty is named before anything is
     computed from it."""
     model = broken(weight.clone())

@@ -1,4 +1,4 @@
-"""Writing a file: always one whole file, whoever else writes, whatever fails, wherever it is killed."""
+"""Writing: always one whole file, whoever else writes, whatever fails, wherever it is killed."""
 
 from __future__ import annotations
 
@@ -231,8 +231,9 @@ def test_kill_during_many_saves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "n" * 255])
 def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path, name: str) -> None:
-    """Promise: a temporary file of a killed writer does not stay for ever: the next save to the same
-    path removes it, and nothing that is not its own."""
+    """Promise: a temporary file of a killed writer does not stay for ever: the next save to the
+    same path removes it, and nothing that is not its own.
+    """
     path = tmp_path / name
     filled(1.0).save(path)
     others = {tmp_path / other for other in (".mine.tmp", ".a.tmp", "a.tmp", "b", ".b.1.tmp")}
@@ -255,8 +256,9 @@ def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path, name: str)
 
 
 def test_planted_links_are_not_followed(tmp_path: Path) -> None:
-    """Promise: the temporary file's name cannot be foreseen, and an existing file is never taken for
-    it, so a link that was planted beside the target leads nowhere."""
+    """Promise: the temporary file's name cannot be foreseen, and an existing file is never taken
+    for it, so a link that was planted beside the target leads nowhere.
+    """
     victim, path = tmp_path / "victim", tmp_path / "a"
     victim.write_text("precious")
     names = [f".a.{os.getpid()}.tmp", ".a.tmp", "a.tmp", "a~", ".a", f".a.{os.getpid()}", "a.part"]
@@ -330,7 +332,7 @@ def test_a_new_file_has_the_mode_of_any_new_file(tmp_path: Path, mask: int) -> N
 
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_link_stays_a_link(tmp_path: Path, absolute: bool) -> None:
-    """Promise: saving to a symbolic link writes the file that it leads to, in that file's folder."""
+    """Promise: saving to a symbolic link writes the file that it leads to, in its folder."""
     (tmp_path / "store").mkdir()
     real, link, twice = tmp_path / "store" / "real", tmp_path / "link", tmp_path / "twice"
     real.write_text("old")
@@ -484,7 +486,7 @@ def test_save_refuses_what_load_would_refuse(
 
 
 def test_tensors_that_share_memory_come_back(tmp_path: Path) -> None:
-    """Promise: tied tensors are saved as what each of them is, or refused; never lost on loading."""
+    """Promise: tied tensors are saved as what each of them is, or refused; never lost."""
     adapter = filled(1.0)
     first, second, *_ = [p for name, p in adapter.named_parameters() if name.endswith("A")]
     second.data = first.data

@@ -99,7 +99,9 @@ def test_fsdp1_is_exact_or_refused_by_name(facts: list[dict[str, Any]], variant:
     """Promise: under FSDP1 the adapter computes as before; what reads or changes its tensors is
     exact, or refused with FSDP's name; nothing writes a file of empty shards."""
     words = "FSDP|FullyShardedDataParallel"
-    for found in of(facts, "fsdp1", variant):
+    cases = of(facts, "fsdp1", variant)
+    assert any(found["gradients"] for found in cases)  # a process may hold no part of a small one
+    for found in cases:
         assert found["output"]
         for call, exact in (("save", "whole file"), ("state_dict", "whole state")):
             assert found[exact] or is_refused(found[call], words), (call, found[call])
@@ -107,7 +109,6 @@ def test_fsdp1_is_exact_or_refused_by_name(facts: list[dict[str, Any]], variant:
         assert found["repr"] == "done"
         for call in ("attach", "attach inside", "load", "detach"):
             assert is_refused(found[call], words), (call, found[call])
-        assert found["gradients"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -120,7 +120,6 @@ RARE: dict[str, Any] = {
     "list of tensors": list(REAL.long()),
     "flat": REAL.long().flatten(),
     "(B, T, 1) int": REAL[..., None].long(),
-    "sparse": REAL.long().to_sparse(),
     "transposed": REAL.long().T,
     "negative ones": -REAL.long(),
 }

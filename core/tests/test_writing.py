@@ -65,11 +65,10 @@ def value_in(path: Path) -> float:
     return found.pop()
 
 
-def process(code: str, path: Path, **options: Any) -> subprocess.Popen[str]:
+def process(code: str, path: Path, *arguments: str) -> subprocess.Popen[str]:
     """A Python process that runs PRELUDE and `code` on a path."""
-    command = [sys.executable, "-c", PRELUDE + code, str(path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, **options)  # type: ignore[call-overload, no-any-return]
+    command = [sys.executable, "-c", PRELUDE + code, str(path), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(running: subprocess.Popen[str]) -> str:
@@ -169,16 +168,12 @@ adapter = filled(float(sys.argv[2]))
 for _ in range(30):
     adapter.save(path)
 """
-    command = [sys.executable, "-c", PRELUDE + code, str(path)]
-    running = [
-        subprocess.Popen([*command, value], stderr=subprocess.PIPE, text=True)
-        for value in ("2", "3")
-    ]
+    running = [process(code, path, value) for value in ("2", "3")]
     seen = set()
     while any(one.poll() is None for one in running):
         seen.add(value_in(path))
     for one in running:
-        assert one.wait() == 0, one.stderr.read() if one.stderr else ""
+        finished(one)
     assert seen <= {1.0, 2.0, 3.0}
     assert value_in(path) in {2.0, 3.0}
     assert list(tmp_path.iterdir()) == [path]

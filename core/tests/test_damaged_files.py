@@ -68,7 +68,7 @@ class TooLongError(Exception):
 
 
 def judged(path: Path, expected: ll.Adapter, base: nn.Module) -> str:
-    """What load makes of a file, in a word; anything else than the two right answers is an error."""
+    """What load makes of a file, in a word; all but the two right answers are errors."""
     start = time.monotonic()
     try:
         adapter = ll.load(base, path)
@@ -205,7 +205,7 @@ def test_ten_thousand_damaged_files(tmp_path: Path, untouched: Untouched) -> Non
 
 
 def bits_that_pass(folder: Path, untouched: Untouched, number: int | None) -> list[int]:
-    """The bits of a small file that can be flipped without an error; of a seeded choice, or of all."""
+    """The bits of a small file that can be flipped without an error, of some or of all."""
     base = nn.ModuleList([nn.Linear(2, 2)])
     adapter = ll.attach(base, "lora", targets=".", r=1)
     with torch.no_grad():

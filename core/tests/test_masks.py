@@ -127,7 +127,7 @@ RARE: dict[str, Any] = {
 
 @pytest.mark.parametrize("mask", RARE.values(), ids=RARE)
 def test_rare_forms_are_right_or_refused(mask: Any) -> None:
-    """Promise: a form that nobody promised is read as meant, or refused; never as something else."""
+    """Promise: a form that nobody promised is read as meant, or refused."""
     try:
         assert_right({"x": inputs(), "attention_mask": mask})
     except ll.CalibrationError as error:

@@ -88,7 +88,7 @@ def test_other_fields_are_refused(
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_another_variant_is_refused(blocks: Make, strict: bool) -> None:
-    """Promise: a variant with tensors of the same names and shapes is another variant all the same."""
+    """Promise: another variant is refused though its tensors have the same names and shapes."""
     model, again = blocks(), blocks()
     trained(model, "lora")
     ll.attach(again, "eva", r=2, calibration=[torch.randn(20, 8)])

@@ -119,7 +119,7 @@ def test_contexts_in_any_order(steps: list[tuple[str, str, int]]) -> None:
 
 
 def test_frozen_is_over_when_it_is_over() -> None:
-    """Promise: after the last frozen() is left nothing prepared is kept: new values count at once."""
+    """Promise: after the last frozen() nothing prepared is kept: new values count at once."""
     base = model()
     adapter = attach(base)
     one, two = adapter.frozen(), adapter.frozen()
@@ -180,7 +180,7 @@ def test_a_forward_that_fails_under_a_context() -> None:
 
 
 def test_a_change_under_frozen_is_told_once_everything_is_over() -> None:
-    """Promise: who changes the adapter inside frozen() is told on leaving, and the change counts."""
+    """Promise: who changes an adapter inside frozen() is told on leaving; the change counts."""
     base = model()
     adapter = attach(base)
     context = adapter.frozen()
@@ -196,7 +196,7 @@ def test_a_change_under_frozen_is_told_once_everything_is_over() -> None:
 
 
 def test_a_context_that_is_forgotten() -> None:
-    """Promise: a context object that is entered and dropped does not switch anything off for ever."""
+    """Promise: a context that is entered and dropped does not switch anything off for ever."""
     base = model()
     adapter = attach(base)
     plain = output(base)
@@ -268,7 +268,7 @@ def test_detaching_inside(untouched: Untouched, what: str) -> None:
 @pytest.mark.parametrize("attached_inside", [True, False])
 @pytest.mark.parametrize("what", ["disabled", "frozen"])
 def test_inference_mode(what: str, attached_inside: bool) -> None:
-    """Promise: under inference_mode, whose tensors count no versions, the contexts work, and end."""
+    """Promise: under inference_mode, whose tensors count no versions, the contexts work."""
     base, plain = model(), output(model())
     with ExitStack() as stack:
         if attached_inside:

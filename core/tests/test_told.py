@@ -290,7 +290,7 @@ def test_what_a_user_left_trainable_on_purpose_is_told() -> None:
 
 
 def test_parameters_unfrozen_by_hand_are_told_when_saving(tmp_path: Path) -> None:
-    """Promise: a head that was unfrozen after attach trains, and is not in the file: save says so."""
+    """Promise: a head unfrozen after attach trains, and is not in the file: save says so."""
     model = tiny_classifier()
     model.score.requires_grad_(False)
     adapter = changed(ll.attach(model, "lora", r=2))
@@ -747,7 +747,7 @@ def test_a_weight_of_zeros_is_told(variant: str) -> None:
 
 
 def test_warnings_are_of_one_class() -> None:
-    """Promise: one filter silences them all, and they are UserWarnings to who knows nothing of us."""
+    """Promise: one filter silences them all; to who knows nothing of us they are UserWarnings."""
     assert issubclass(ll.AdapterWarning, UserWarning)
     model = Reads()
     ll.attach(model, "lora", r=2)

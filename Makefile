@@ -1,13 +1,14 @@
 # The only entry to every habit. Each target sets up what it needs; all may be run again at any time.
 
-PYTHON ?= python3
-BIN := .venv/bin
+# Windows: a virtual environment keeps its programs in another folder, and Python has another name.
+PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := .venv/.installed
 MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml))) benchmark
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo bench test test-slow check format lint types docs wheels isolate new figures clean
+.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release isolate new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -24,9 +25,9 @@ test: $(INSTALLED)  ## Run all tests but the slow ones
 test-slow: $(INSTALLED)  ## Run the slow tests: wheels in clean environments, longer runs
 	$(BIN)/python -m pytest -m slow
 
-check: $(INSTALLED)  ## Everything that must hold before a change lands: format, lint, types, tests, docs, wheels
+check: $(INSTALLED)  ## Everything that must hold before a change lands: format, lint, types, workflows, docs, wheels, tests
 	$(BIN)/ruff format --check
-	$(MAKE) lint types docs wheels test
+	$(MAKE) lint types workflows docs wheels test
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format
@@ -37,12 +38,27 @@ lint: $(INSTALLED)  ## Look for mistakes with ruff
 types: $(INSTALLED)  ## Check the types strictly
 	$(BIN)/mypy
 
-docs: $(INSTALLED)  ## Build the site; a warning is an error
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema
+workflows: $(INSTALLED)  ## Check the workflows, issue forms and citation file: their structure, and what is unsafe in CI
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --strict-collection --quiet .github
+
+docs: $(INSTALLED)  ## Draw the picture of the results and build the site; a warning is an error
+	$(BIN)/python docs/site_results.py
 	$(BIN)/mkdocs build --strict
 
 wheels: $(INSTALLED)  ## Build the wheel of every distribution into dist/
 	rm -rf dist
 	for member in $(MEMBERS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$member || exit 1; done
+
+release: $(INSTALLED)  ## Build the distribution that a tag names into dist/: TAG=lora-lite-core-v0.1.0 make release
+	rm -rf dist
+	folder=$$($(BIN)/python .github/distribution_of_tag.py "$$TAG") && \
+		$(BIN)/python -m build --no-isolation --outdir dist "$$folder"
 
 isolate: wheels  ## Try wheels and plugins' tests in clean environments: with only what they declare, and its lowest versions
 	$(BIN)/python -m pytest -m slow tests/test_wheels.py $(ISOLATE)

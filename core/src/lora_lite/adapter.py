@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,15 +13,15 @@ from lora_lite.arguments import finite_scale, is_number
 from lora_lite.author_mistakes import calling, checked_macs, checked_penalty, checked_tensors
 from lora_lite.errors import AdapterError, AdapterFileError
 from lora_lite.fileformat import FilePath
-from lora_lite.find import find_layers, find_others
+from lora_lite.find import numbers_in
 from lora_lite.hooks import AdapterState, Attachment
 from lora_lite.layers import overwrite, whole
-from lora_lite.modules import named_modules
+from lora_lite.lost import refuse_lost_layers
 from lora_lite.placements import Placement
-from lora_lite.registry import CHANGING, remove
+from lora_lite.registry import CHANGING, release_changing, remove
 from lora_lite.saving import write_adapter
 from lora_lite.site import Site
-from lora_lite.state import refuse_overflow, unpack
+from lora_lite.state import flat, refuse_overflow, unpack
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.unfit import refuse_shards, refuse_wrapped
 from lora_lite.variant import Variant
@@ -81,23 +81,16 @@ class Adapter:
             return f"Adapter({self.name!r}: {state.recipe}, detached)"
         names = Counter(path.rpartition(".")[2] for path in self.sites)
         counts = ", ".join(f"{name} x {count}" for name, count in names.items())
+        adapted = sum(each.layer.d_in * each.layer.d_out for each in state.attachments.values())
+        share = 100 * adapted / max(1, numbers_in(self._root))
         frozen = sum(tensor.numel() for _, spec, tensor in self._tensors() if not spec.trainable)
         switched = "" if state.is_active else ", disabled"
         return (
             f"Adapter({self.name!r}: {state.recipe}, scale {self.scale:g}{switched}\n"
-            f"  sites       {len(self.sites)} ({counts}), {self._share():.3g} % of the weights\n"
+            f"  sites       {len(self.sites)} ({counts}), {share:.3g} % of the weights\n"
             f"  parameters  {self.num_parameters:,} trainable, {frozen:,} frozen\n"
             f"  MACs        {self.macs_per_token:,} a token, {self.macs_per_forward:,} a forward)"
         )
-
-    def _share(self) -> float:
-        """What part of the model's weights its layers hold, in per cent."""
-        layers = find_layers(self._root)
-        others = find_others(self._root, layers)
-        total = sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)
-        attachments = self._state.attachments.values()
-        adapted = sum(each.layer.d_in * each.layer.d_out for each in attachments)
-        return 100 * adapted / max(1, total)
 
     # --- training
 
@@ -266,16 +259,15 @@ class Adapter:
             for path, each in attachments.items()
         ]
         values = unpack(placements, {key: whole(value) for key, value in tensors.items()})
-        pairs = []
+        targets: dict[str, nn.Parameter] = {}
         for attachment, site, t in self._each():
             refuse_shards(self.name, site.path, attachment.specs, t)
-            for name, target in t.items():
-                value = values[site.path][name]
-                refuse_overflow(f"{site.path}.{name}", value, value.to(target.dtype))
-                pairs.append((target, value))
+            targets |= {f"{site.path}.{name}": target for name, target in t.items()}
+        cast = {key: value.to(targets[key].dtype) for key, value in flat(values).items()}
+        refuse_overflow(cast)
         with torch.no_grad():
-            for target, value in pairs:
-                overwrite(target, value)
+            for key, target in targets.items():
+                overwrite(target, cast[key])
 
     def save(self, path: FilePath, *, derived: bool = True) -> None:
         """Write the adapter to a file of safetensors, atomically.
@@ -332,16 +324,7 @@ class Adapter:
         Raises:
             AdapterError: a layer was replaced or removed, or has lost its tensors.
         """
-        now = dict(named_modules(self._root))
-        for path, attachment in self._attached().attachments.items():
-            missing = lost_part(now.get(path), self._modules[path], attachment)
-            if missing:
-                raise AdapterError(
-                    f"adapter {self.name!r} is no longer whole: {path} {missing}",
-                    fix="Detach it (adapter.detach() still works), change the model, attach again",
-                    adapter=self.name,
-                    layer=path,
-                )
+        refuse_lost_layers(self._root, self._attached(), self._modules)
 
     def _attached(self) -> AdapterState:
         if not self._state.attachments:
@@ -364,20 +347,3 @@ class Adapter:
 
     def _derived(self) -> dict[str, nn.Parameter]:
         return {key: parameter for key, spec, parameter in self._tensors() if spec.derived}
-
-
-def lost_part(now: nn.Module | None, before: nn.Module, attachment: Attachment) -> str:
-    """What is wrong with an adapted layer, as the end of a sentence; "" if nothing is."""
-    if now is None:
-        return "is not in the model any more"
-    if now is not before:
-        return "was replaced by another module"
-    if not all(hasattr(now, key) for key in attachment.keys.values()):
-        return "has lost the adapter's tensors"
-    return ""
-
-
-def release_changing() -> None:
-    """Release the lock of an interrupted call, if it got as far as holding it."""
-    with suppress(RuntimeError):
-        CHANGING.release()

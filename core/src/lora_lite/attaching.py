@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, lost_part, release_changing
+from lora_lite.adapter import Adapter
 from lora_lite.arguments import (
     Indices,
     Overrides,
@@ -21,12 +21,22 @@ from lora_lite.author_mistakes import calling, checked_identity, checked_tensors
 from lora_lite.calibration import Calibration, check_data
 from lora_lite.errors import AdapterError, TargetError
 from lora_lite.hooks import AdapterState
+from lora_lite.lost import refuse_lost_layers
+from lora_lite.magnitudes import not_finite
 from lora_lite.modules import named_modules, root_of
 from lora_lite.notices import tell_frozen, tell_zero_weights
 from lora_lite.placements import Placement, place, plan
-from lora_lite.registry import CHANGING, adapted_root, install, open_model, registry_of, remove
-from lora_lite.state import start_values
-from lora_lite.unfit import refuse_unfit, refuse_wrapped, zero_weights
+from lora_lite.registry import (
+    CHANGING,
+    adapted_root,
+    install,
+    open_model,
+    registry_of,
+    release_changing,
+    remove,
+)
+from lora_lite.state import flat, not_as_declared, start_values
+from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped, zero_weights
 from lora_lite.variant import Tensors, Variant
 
 
@@ -98,7 +108,7 @@ def attach(
     check_data(chosen.placements, bool(pass_over_data.observers), calibration)
     try:
         CHANGING.acquire()
-        refuse_unfit(root, chosen.placements, name)  # no other thread can come between now
+        refuse_taken_name(root, name)  # no other thread can come between now
         registry = open_model(root, chosen._layers)
         statistics = pass_over_data.run(calibration)
         placements = _specialized(chosen.placements, statistics)
@@ -131,17 +141,8 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     """
     root = adapted_root(model)
     modules = dict(named_modules(root))
-    for name, state in _states(root).items():
-        for path, attachment in state.attachments.items():
-            module = modules.get(path)
-            missing = lost_part(module, module or root, attachment)
-            if missing:
-                raise AdapterError(
-                    f"adapter {name!r} is no longer whole: {path} {missing}",
-                    fix="Detach it (lora_lite.detach still works), change the model, attach again",
-                    adapter=name,
-                    layer=path,
-                )
+    for state in _states(root).values():
+        refuse_lost_layers(root, state)
     return {name: Adapter(root, state, modules) for name, state in _states(root).items()}
 
 
@@ -253,6 +254,11 @@ def _start(
         started = checked_tensors(variant, "init", given, path)
         state.uses_base |= site.weight_was_read
         values[path] = start_values(placement, {**derived, **started}, dtype)
+    broken = not_finite(flat(values))
+    if broken:
+        by_path = {placement.path: placement for placement in placements}
+        lines = [f"{key}: has values that are not finite" for key in broken]
+        raise not_as_declared(by_path[broken[0].rpartition(".")[0]], lines)
     return values
 
 

@@ -43,7 +43,7 @@ class Calibration:
             if observer is not None:
                 self.observers[placement.path] = observer
                 self.modules[placement.path] = placement.module
-        self.training = [(module, module.training) for module in root.modules()]
+        self.training: list[tuple[nn.Module, bool]] = []
         self.handles: list[RemovableHandle] = []
         self.called: set[str] = set()
         self.masks: Masks | None = None
@@ -73,6 +73,7 @@ class Calibration:
         assert batches is not None
         for state in self.others:
             state.disable(self)
+        self.training = [(module, module.training) for module in self.root.modules()]
         self.root.eval()
         for path, module in self.modules.items():
             watch = _Watch(self, path)

@@ -1,36 +1,35 @@
 """Save and load: one adapter, one file, all or nothing."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, release_changing
-from lora_lite.arguments import adapter_name, pattern, trainable_dtype
+from lora_lite.adapter import Adapter
+from lora_lite.arguments import adapter_name, trainable_dtype
 from lora_lite.attaching import adapter_of
 from lora_lite.author_mistakes import calling, checked_tensors
 from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
-from lora_lite.fileformat import Configuration, FilePath, Metadata, dtypes_of, read
+from lora_lite.fileformat import FilePath, dtypes_of, read
 from lora_lite.find import find_layers
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import AdapterState
+from lora_lite.metadata import Configuration, Metadata
 from lora_lite.missing import refuse_missing
 from lora_lite.modules import named_modules, root_of
 from lora_lite.placements import Placement, place
 from lora_lite.plugins import kind_of, variant_class
 from lora_lite.recipe import Recipe
-from lora_lite.registry import CHANGING, install, open_model, remove
-from lora_lite.state import by_layer, own_copies, unpack
-from lora_lite.unfit import refuse_unfit, refuse_wrapped
+from lora_lite.registry import CHANGING, install, open_model, release_changing, remove
+from lora_lite.rename import Renaming, renamed
+from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
+from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
 from lora_lite.warn import warn
 
 Classes = type[Variant] | Iterable[type[Variant]] | None
-Renaming = Mapping[str | re.Pattern[str], str] | None
 
 
 def save(
@@ -89,7 +88,7 @@ def load(
     dtype = None if dtype is None else trainable_dtype(dtype)
     described, tensors = read(path)
     known = list(_mistyped(described, tensors))
-    described, tensors = _renamed(path, described, tensors, rename)
+    described, tensors = renamed(path, described, tensors, rename)
     variants, tensors = _upgraded(path, described, tensors, _by_name(variant))
 
     # 2. where it goes
@@ -105,6 +104,7 @@ def load(
         tensors = {**tensors, **_derive(path, described, placements)}
     unpacked = unpack(placements, tensors, known)
     values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
+    refuse_overflow(flat(values))
 
     # 4. onto the model
     recipe = Recipe(tuple(dict.fromkeys(variants.values())))
@@ -114,8 +114,8 @@ def load(
     modules = {placement.path: placement.module for placement in placements}
     try:
         CHANGING.acquire()
-        refuse_unfit(root, placements, name)  # no other thread can come between now
-        open_model(root, find_layers(root))
+        refuse_taken_name(root, name)  # no other thread can come between now
+        open_model(root, find_layers(list(named_modules(root))))
         install(root, state, placements, values)
         adapter = Adapter(root, state, modules)
         CHANGING.release()
@@ -135,48 +135,6 @@ def _mistyped(described: Metadata, tensors: Tensors) -> Iterable[str]:
         if dtypes_of({key: tensor})[0] not in described.dtypes:
             expected = ", ".join(described.dtypes)
             yield f"{key}: dtype {tensor.dtype}, expected as saved: {expected}"
-
-
-def _renamed(
-    path: FilePath, described: Metadata, tensors: Tensors, rename: Renaming
-) -> tuple[Metadata, dict[str, Tensor]]:
-    """The file's contents with the layers' paths as this model has them."""
-    if rename is None:
-        return described, dict(tensors)
-    if not isinstance(rename, Mapping):
-        raise AdapterFileError(
-            f"rename={rename!r} is not a mapping",
-            expected="It is {regular expression: replacement}",
-            path=str(path),
-        )
-    new_path = {where: _rewritten(where, rename) for where in described.sites}
-    if len(set(new_path.values())) < len(new_path):
-        raise AdapterFileError(
-            f"rename={rename!r} gives several layers of {path} the same path", path=str(path)
-        )
-    changes = {
-        "sites": {new_path[where]: index for where, index in described.sites.items()},
-        "fingerprint": {new_path.get(p, p): value for p, value in described.fingerprint.items()},
-        "probes": {_new_key(key, new_path): value for key, value in described.probes.items()},
-    }
-    renamed = {_new_key(key, new_path): value for key, value in tensors.items()}
-    return described.model_copy(update=changes), renamed
-
-
-def _rewritten(where: str, rename: Mapping[Any, Any]) -> str:
-    for expression, replacement in rename.items():
-        try:
-            where = pattern(expression, "rename").sub(replacement, where)
-        except (re.error, TypeError, IndexError) as error:
-            raise AdapterFileError(
-                f"rename={{{expression!r}: {replacement!r}}} is not a replacement: {error}"
-            ) from None
-    return where
-
-
-def _new_key(key: str, new_path: Mapping[str, str]) -> str:
-    where, _, name = key.rpartition(".")
-    return f"{new_path.get(where, where)}.{name}"
 
 
 def _by_name(classes: Classes) -> dict[str, type[Variant]]:

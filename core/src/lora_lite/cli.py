@@ -18,7 +18,7 @@ from torch import nn
 from lora_lite import fileformat
 from lora_lite.errors import LoraLiteError
 from lora_lite.fields import make_variant
-from lora_lite.fileformat import Metadata
+from lora_lite.metadata import Metadata
 from lora_lite.placements import plan
 from lora_lite.plugins import variant_class, variants
 from lora_lite.testing.new import new

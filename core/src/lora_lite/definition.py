@@ -132,7 +132,8 @@ def _check_spelling(cls: type[Variant], contract: type[Variant]) -> None:
             if _nearly_the_same(name, meant):
                 raise _error(
                     cls,
-                    f"the method {name!r} is not part of the contract. Did you mean {meant!r}?",
+                    f"the method {name!r} is not part of the contract",
+                    expected=f"Its name is nearly {meant!r}, so it is probably misspelt",
                     fix=f"Rename it; a helper of your own could be called _{name}",
                 )
 
@@ -172,6 +173,12 @@ def _check_methods(cls: type[Variant], contract: type[Variant]) -> None:
     missing = [name for name in ("tensors", "init") if is_default(name)]
     if is_default("delta_input") and is_default("delta_output"):
         missing.append("delta_output (or delta_input)")
+    if cls.detached and is_default("prepare"):
+        raise _error(
+            cls,
+            f"detached={cls.detached!r} names prepared tensors, and there is no `prepare`",
+            fix="Write `prepare`, or leave `detached` out",
+        )
     if missing:
         raise _error(
             cls,

@@ -7,14 +7,16 @@ experts.
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lora_lite.layers import LayerKind, looks_linear
-from lora_lite.modules import named_modules, plain_path
+from lora_lite.modules import named_modules
 from lora_lite.plugins import kind_of
+
+Modules = Sequence[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +91,15 @@ class OtherWeight:
 # --- 1. linear layers
 
 
-def find_layers(root: nn.Module) -> list[Layer]:
-    """Every layer that is or looks linear, in the order of the model."""
+def find_layers(modules: Modules) -> list[Layer]:
+    """Every layer that is or looks linear, in the order of the model.
+
+    Args:
+        modules: all modules of the model under all of their paths, as `named_modules` gives them.
+    """
     paths_of: dict[nn.Module, list[str]] = {}
     kinds: dict[nn.Module, LayerKind | None] = {}
     never_called: set[nn.Module] = set()
-    modules = list(named_modules(root))
     for path, module in modules:
         if isinstance(module, nn.MultiheadAttention):
             # Its forward reads out_proj.weight and never calls out_proj.
@@ -150,14 +155,19 @@ def _block_index(path: str, block_lists: set[str]) -> int | None:
 # --- 2. every other weight
 
 
-def find_others(root: nn.Module, layers: Iterable[Layer]) -> Iterator[OtherWeight]:
-    """Every parameter of two dimensions or more that is not in a linear layer."""
-    layer_modules = {layer.module for layer in layers}
-    modules = [(plain_path(path), module) for path, module in root.named_modules()]
+def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeight]:
+    """Every parameter of two dimensions or more that is not in a linear layer.
+
+    Args:
+        modules: as for `find_layers`.
+        layers: what `find_layers` found.
+    """
+    done = {layer.module for layer in layers}
     block_lists = _block_lists(modules)
     for path, module in modules:
-        if module in layer_modules:
+        if module in done:
             continue
+        done.add(module)
         # Only torch's attention holds projections that a user may take for layers.
         is_bare = not _is_from_torch(module) or isinstance(module, nn.MultiheadAttention)
         for name, parameter in module._parameters.items():
@@ -169,6 +179,14 @@ def find_others(root: nn.Module, layers: Iterable[Layer]) -> Iterator[OtherWeigh
                     in_blocks=_block_index(f"{path}.{name}", block_lists) is not None,
                     is_bare=is_bare,
                 )
+
+
+def numbers_in(root: nn.Module) -> int:
+    """How many numbers the matrices of a model hold, were they dense."""
+    modules = list(named_modules(root))
+    layers = find_layers(modules)
+    others = find_others(modules, layers)
+    return sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)
 
 
 def _is_from_torch(module: nn.Module) -> bool:

@@ -11,7 +11,12 @@ from torch import nn
 from lora_lite.hooks import LayerHooks
 
 # Where torch keeps the hooks of a module, and what it notes of them.
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks")
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+)
 NOTES = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",

@@ -37,6 +37,7 @@ class AdapterState:
         uses_base: whether any tensor was computed from the base's weights.
         is_loaded: whether it came from a file.
         was_trained: whether a training forward of the whole model has ended since it came.
+        was_told_of_saving: whether the user was told what `save_pretrained` saves.
         enabled: whether the user has it on.
         is_active: whether it is on and nothing has disabled it for a while.
         is_frozen: whether what `prepare` returns may be used again.
@@ -50,6 +51,7 @@ class AdapterState:
     uses_base: bool = False
     is_loaded: bool = False
     was_trained: bool = False
+    was_told_of_saving: bool = False
     enabled: bool = True
     is_active: bool = True
     is_frozen: bool = False

@@ -13,9 +13,9 @@ from lora_lite.find import Layer
 from lora_lite.hooked import hooks_of
 from lora_lite.hooks import AdapterState
 from lora_lite.modules import named_modules, plain_path
+from lora_lite.output_head import output_heads
 from lora_lite.placements import Plan
 from lora_lite.reach import hold_much
-from lora_lite.targets import HEAD, output_embeddings
 from lora_lite.warn import warn
 
 RECIPE = "a recipe trains them too: attach(model, {r'q_proj$': 'lora', %r: 'full'})"
@@ -70,13 +70,12 @@ def _heads(
     in_blocks = [number for number, layer in enumerate(layers) if layer.blocks]
     if not in_blocks:
         return []
-    output = output_embeddings(root)
+    output = output_heads(layers, root)
     return [
         layer.path
         for layer in layers[in_blocks[-1] + 1 :]
         if layer.path not in chosen
-        and layer.module is not output
-        and not layer.has_path_like(HEAD)
+        and layer not in output
         and trainable.get(f"{layer.path}.weight", False)
     ]
 
@@ -85,6 +84,8 @@ def _unfrozen_by_hand(
     root: nn.Module, trainable: Mapping[str, bool], chosen: set[str], heads: Sequence[str]
 ) -> list[str]:
     """The parameters that were trainable, if they were a small part of a frozen model."""
+    if all(trainable.values()):
+        return []
     sizes = {
         plain_path(name): parameter.numel()
         for name, parameter in root.named_parameters()

@@ -20,7 +20,7 @@ from lora_lite.author_mistakes import checked_macs, checked_specs
 from lora_lite.errors import LayerKindError, MisfitError, SiteError
 from lora_lite.find import Layer, OtherWeight, find_layers, find_others
 from lora_lite.layers import LayerKind, class_name
-from lora_lite.modules import root_of
+from lora_lite.modules import named_modules, root_of
 from lora_lite.plan_table import plan_table
 from lora_lite.recipe import Recipe, make_recipe
 from lora_lite.site import LayerSpec, Site
@@ -148,8 +148,9 @@ def plan(
     """
     root = root_of(model)
     recipe = make_recipe(variant, fields)
-    found = find_layers(root)
-    others = list(find_others(root, found))
+    modules = list(named_modules(root))
+    found = find_layers(modules)
+    others = list(find_others(modules, found))
     choice = choose(
         found,
         others,

@@ -55,7 +55,7 @@ def refuse_unreachable_match(
 
 
 def _common_name(weights: Sequence[OtherWeight]) -> str:
-    """The name of the modules that hold the weights, such as `experts`; else of the first weight."""
+    """What the modules that hold the weights are called, such as `experts`; else one path."""
     holders = {weight.path.split(".")[-2] for weight in weights if "." in weight.path}
     names = {name for name in holders if not name.isdigit()}
     return names.pop() if len(names) == 1 else re.escape(weights[0].path)

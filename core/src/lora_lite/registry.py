@@ -13,6 +13,7 @@ repeated.
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lora_lite.layers import LayerKind
 from lora_lite.modules import named_modules, plain_path, root_of
 from lora_lite.notices import tell_uncalled
 from lora_lite.placements import Placement
-from lora_lite.resume import add_marker, refuse_other_state, remove_marker
+from lora_lite.resume import add_marker, refuse_other_state, remove_marker, tell_if_saved_whole
 from lora_lite.statistics import restore_statistics, running_statistics
 from lora_lite.variant import Tensors
 
@@ -35,6 +36,12 @@ KEY = "_lora_lite"
 # Held by attach, load and detach. Forwards do not ask for it: they may run on other threads, but
 # not on a model that is being changed.
 CHANGING = threading.RLock()
+
+
+def release_changing() -> None:
+    """Release the lock of an interrupted call, if it got as far as holding it."""
+    with suppress(RuntimeError):
+        CHANGING.release()
 
 
 class Registry:
@@ -50,7 +57,8 @@ class Registry:
     def __init__(self, root: nn.Module) -> None:
         self.adapters: dict[str, AdapterState] = {}
         self.entered: dict[str, LayerKind] = {}
-        self.trainable = {plain_path(n): p.requires_grad for n, p in root.named_parameters()}
+        parameters = root.named_parameters()
+        self.trainable = {plain_path(name): p.requires_grad for name, p in parameters}
         self.statistics = running_statistics(root)
 
     def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
@@ -62,6 +70,10 @@ class Registry:
             state.was_trained = True
         if new:
             tell_uncalled(root, new)
+
+    def before_state_dict(self, *_: Any) -> None:
+        """The root's hook on `state_dict`."""
+        tell_if_saved_whole(self.adapters)
 
     def before_load_state_dict(
         self, root: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
@@ -88,14 +100,15 @@ def adapted_root(model: nn.Module) -> nn.Module:
     root = root_of(model)
     if registry_of(root):
         return root
-    found = [module for module in root.modules() if registry_of(module)]
+    modules = list(root.modules())
+    found = [module for module in modules if KEY in module.__dict__]
     if len(found) > 1:
         raise AdapterError(
             f"adapters were attached through {len(found)} modules of this model",
             details=[type(module).__name__ for module in found],
             fix="Call this with one of these modules, or detach all adapters but those of one",
         )
-    if not found and any(hooks_of(module) for module in root.modules()):
+    if not found and any(hooks_of(module) for module in modules):
         raise AdapterError(
             f"this {type(root).__name__} is a part of the model through which its adapters were "
             "attached",
@@ -119,6 +132,7 @@ def open_model(root: nn.Module, layers: Iterable[Layer]) -> Registry:
         root.__dict__[KEY] = registry
         root.requires_grad_(False)
         root.register_forward_hook(registry.after_forward)
+        root.register_state_dict_pre_hook(registry.before_state_dict)  # type: ignore[no-untyped-call]
         root.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             registry.before_load_state_dict
         )

@@ -7,7 +7,9 @@ is a digest of the variant and the fields of every layer, as whole numbers below
 """
 
 import hashlib
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from lora_lite.author_mistakes import RESERVED
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import AdapterState, attribute
 from lora_lite.layers import whole
+from lora_lite.warn import warn
 
 BYTES = 16
 
@@ -80,6 +83,30 @@ def refuse_other_state(
             fix="Detach these first, or load the adapters one by one",
             adapter=missing[0],
         )
+
+
+def tell_if_saved_whole(adapters: Mapping[str, AdapterState]) -> None:
+    """Say what a model saved by `save_pretrained` will be when it is loaded: the base alone.
+
+    Nothing but the caller's name tells that its state dict is taken in order to be saved.
+    """
+    new = [state for state in adapters.values() if not state.was_told_of_saving]
+    if new and _is_called_by("save_pretrained"):
+        for state in new:
+            state.was_told_of_saving = True
+        warn(
+            "the model is saved with its adapter on it, and from_pretrained will load the base "
+            "alone",
+            advice="Save the adapter with adapter.save(path), and load it onto the base with "
+            "lora_lite.load(model, path)",
+        )
+
+
+def _is_called_by(function: str) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _described(state: AdapterState) -> str:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterFileError
-from lora_lite.fileformat import DTYPES, Configuration, FilePath, Metadata, dtypes_of, write
+from lora_lite.fileformat import DTYPES, FilePath, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import is_dtensor, whole
+from lora_lite.magnitudes import not_finite
+from lora_lite.metadata import Configuration, Metadata
 from lora_lite.modules import plain_path
 from lora_lite.notices import (
     still_at_start,
@@ -25,7 +27,6 @@ from lora_lite.notices import (
 from lora_lite.plugins import CORE, provider
 from lora_lite.registry import registry_of
 from lora_lite.site import Site
-from lora_lite.state import is_finite
 from lora_lite.statistics import changed_statistics
 from lora_lite.variant import Variant
 
@@ -90,8 +91,7 @@ def _refuse_unloadable(path: FilePath, tensors: Mapping[str, Tensor]) -> None:
             wrong[key] = f"dtype {tensor.dtype} is not kept in files"
         elif tensor.numel() == 0:
             wrong[key] = "it is empty; is the model sharded by ZeRO-3?"
-        elif tensor.is_floating_point() and not is_finite(tensor):
-            wrong[key] = "has values that are not finite"
+    wrong.update(dict.fromkeys(not_finite(tensors), "has values that are not finite"))
     if wrong:
         raise AdapterFileError(
             f"the adapter cannot be saved: {len(wrong)} of its tensors could not be loaded again",

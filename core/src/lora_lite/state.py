@@ -9,14 +9,13 @@ from torch import Tensor
 
 from lora_lite.author_mistakes import checked_tensors
 from lora_lite.errors import AdapterFileError, VariantContractError
+from lora_lite.magnitudes import not_finite
 from lora_lite.placements import Placement
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Tensors
 
 
-def start_values(
-    placement: Placement, values: Tensors, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def start_values(placement: Placement, values: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
     """A layer's start values as they will be stored.
 
     Args:
@@ -29,19 +28,24 @@ def start_values(
     """
     wrong = list(problems(placement.specs, values))
     if wrong:
-        raise VariantContractError(
-            f"{placement.variant.name!r} at {placement.path} does not give what it declares",
-            details=wrong,
-            expected="`derive` and `init` together give every tensor that `tensors` declares",
-            variant=placement.variant.name,
-            layer=placement.path,
-        )
+        raise not_as_declared(placement, wrong)
     frozen_dtype = placement.site.dtype
     dtypes = {
         name: spec.dtype or (dtype if spec.trainable else frozen_dtype)
         for name, spec in placement.specs.items()
     }
     return own_copies(placement, values, dtypes)
+
+
+def not_as_declared(placement: Placement, wrong: Sequence[str]) -> VariantContractError:
+    """The error for start values that are not what the variant declared, one line for each."""
+    return VariantContractError(
+        f"{placement.variant.name!r} at {placement.path} does not give what it declares",
+        details=wrong,
+        expected="`derive` and `init` together give every tensor that `tensors` declares",
+        variant=placement.variant.name,
+        layer=placement.path,
+    )
 
 
 def own_copies(
@@ -53,31 +57,34 @@ def own_copies(
         placement: of the variant on the layer.
         values: by name.
         dtypes: by name; None keeps the value's.
-
-    Raises:
-        AdapterFileError: a value is not finite in its new dtype.
     """
     device = device_of(placement)
-    copies = {}
-    for name, dtype in dtypes.items():
-        value = values[name].detach()
-        copy = value.to(
-            device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
-        )
-        if copy.dtype != value.dtype:
-            refuse_overflow(f"{placement.path}.{name}", value, copy)
-        copies[name] = copy
-    return copies
+    return {
+        name: values[name]
+        .detach()
+        .to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, dtype in dtypes.items()
+    }
 
 
-def refuse_overflow(key: str, value: Tensor, cast: Tensor) -> None:
-    """An error if a finite value is no longer finite in its new dtype."""
-    if cast.is_floating_point() and not cast.isfinite().all() and bool(value.isfinite().all()):
-        largest = float(value.abs().max())
+def flat(values: Mapping[str, Tensors]) -> dict[str, Tensor]:
+    """`{path: {name: tensor}}` as `{"path.name": tensor}`."""
+    return {f"{path}.{name}": t for path, tensors in values.items() for name, t in tensors.items()}
+
+
+def refuse_overflow(cast: Mapping[str, Tensor]) -> None:
+    """An error if values that were finite no longer are, in the dtype to which they were cast.
+
+    Raises:
+        AdapterFileError: it names the tensors.
+    """
+    overflowed = not_finite(cast)
+    if overflowed:
         raise AdapterFileError(
-            f"{key} has values up to {largest:.3g}, which {cast.dtype} cannot hold",
+            f"{len(overflowed)} tensors have values too large for {cast[overflowed[0]].dtype}",
+            details=overflowed,
             fix="Keep a wider dtype, such as float32",
-            tensors=(key,),
+            tensors=overflowed,
         )
 
 
@@ -114,6 +121,7 @@ def unpack(
         found, complaints = _unpack_one(placement, by_path[placement.path])
         values[placement.path] = found
         wrong += complaints
+    wrong += [f"{key}: has values that are not finite" for key in not_finite(flat(values))]
     if wrong:
         raise AdapterFileError(
             f"{len(wrong)} tensors do not fit; nothing was changed",
@@ -172,13 +180,4 @@ def _problem(spec: TensorSpec, value: object) -> str:
     floating = spec.dtype is None or spec.dtype.is_floating_point
     if value.is_floating_point() != floating:
         return f"dtype {value.dtype}, expected {spec.dtype or 'a floating-point dtype'}"
-    if floating and not is_finite(value):
-        return "has values that are not finite"
     return ""
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether every value is finite. torch cannot tell for float8, which is widened first."""
-    if value.element_size() == 1:
-        value = value.float()
-    return bool(value.isfinite().all())

@@ -9,7 +9,6 @@ Whatever is asked for and not found is an error that shows what there is.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +23,14 @@ from lora_lite.arguments import (
     override_fields,
     patterns,
 )
-from lora_lite.errors import TargetError, did_you_mean
+from lora_lite.errors import TargetError
 from lora_lite.fields import validated
 from lora_lite.find import Layer, OtherWeight
+from lora_lite.no_match import names_with_counts, no_match
+from lora_lite.output_head import output_heads
 from lora_lite.reach import hold_much, refuse_unreachable_match, refuse_unreachable_weights
 from lora_lite.recipe import Recipe
 from lora_lite.variant import Variant
-
-# What the output head is called in models without `get_output_embeddings`.
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)$")
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _group(
     layers = frozenset(layer for layer in found if layer.has_path_like(pattern))
     if not layers:
         refuse_unreachable_match(argument, pattern, others)
-        raise _no_match(argument, pattern, found)
+        raise no_match(argument, pattern, found)
     return Group(f"{argument}={pattern.pattern!r}", pattern, layers, variant)
 
 
@@ -164,7 +162,7 @@ def _at_least_one(targets: Patterns, found: Sequence[Layer]) -> list[re.Pattern[
     if not expressions:
         raise TargetError(
             f"targets={targets!r} chooses none of this model's linear layers",
-            details=_names_with_counts(found),
+            details=names_with_counts(found),
             fix="Give at least one regular expression, or leave targets= out",
             argument="targets",
         )
@@ -177,21 +175,11 @@ def _layers_in_all_blocks(found: Sequence[Layer], root: nn.Module) -> frozenset[
         raise TargetError(
             f"{type(root).__name__} has no repeated blocks (ModuleLists), from which layers are "
             "chosen by default. Its linear layers are",
-            details=_names_with_counts(found),
+            details=names_with_counts(found),
             fix="Choose some of them with targets=",
             argument="targets",
         )
     return in_blocks
-
-
-def _no_match(argument: str, pattern: re.Pattern[str], layers: Sequence[Layer]) -> TargetError:
-    return TargetError(
-        f"{argument}={pattern.pattern!r} matches none of these layers",
-        details=_names_with_counts(layers),
-        expected="Every pattern must match at least one layer",
-        fix=did_you_mean(pattern.pattern.strip("^$."), _names(layers)),
-        argument=argument,
-    )
 
 
 # --- 2. what is left out
@@ -209,28 +197,14 @@ def _excluded_layers(
 ) -> set[Layer]:
     """Those that `exclude` matches, or by default the output head."""
     if exclusions is None:
-        return _output_heads(found, root)
+        return output_heads(found, root)
     excluded: set[Layer] = set()
     for pattern in exclusions:
         matches = {layer for layer in found if layer.has_path_like(pattern)}
         if not matches and not any(weight.has_path_like(pattern) for weight in others):
-            raise _no_match("exclude", pattern, found)
+            raise no_match("exclude", pattern, found)
         excluded |= matches
     return excluded
-
-
-def _output_heads(found: Sequence[Layer], root: nn.Module) -> set[Layer]:
-    """The layer that computes the logits, by `get_output_embeddings` and by its usual names."""
-    head = output_embeddings(root)
-    return {layer for layer in found if layer.module is head or layer.has_path_like(HEAD)}
-
-
-def output_embeddings(root: nn.Module) -> object:
-    """What a model of transformers says is its output head; None if it says nothing."""
-    try:
-        return getattr(root, "get_output_embeddings", lambda: None)()
-    except (AttributeError, NotImplementedError):
-        return None  # a model without a head
 
 
 def _remaining(
@@ -341,7 +315,7 @@ def _with_overrides(
     for pattern, fields in changes:
         matches = [layer for layer in variants if layer.has_path_like(pattern)]
         if not matches:
-            raise _no_match("overrides", pattern, list(variants))
+            raise no_match("overrides", pattern, list(variants))
         for layer in matches:
             changed.setdefault(layer, {}).update(fields)
     return {
@@ -353,20 +327,3 @@ def _with_overrides(
 def _changed(variant: Variant, fields: Mapping[str, Any]) -> Variant:
     given = variant.model_dump(include=variant.model_fields_set)
     return validated(type(variant), {**given, **fields})
-
-
-# --- words for errors
-
-
-def _names(layers: Sequence[Layer]) -> set[str]:
-    """Every name in the paths of the layers, without the indices."""
-    names: set[str] = set()
-    for layer in layers:
-        names.update(layer.path.split("."))
-    return {name for name in names if not name.isdigit()}
-
-
-def _names_with_counts(layers: Sequence[Layer]) -> list[str]:
-    """What the layers are called in their parents, and how often: `q_proj x 32`."""
-    counts = Counter(layer.path.rpartition(".")[2] for layer in layers)
-    return [f"{name} x {count}" for name, count in counts.items()]

@@ -1,6 +1,7 @@
 """Models and layers that cannot carry an adapter: refused before anything is changed."""
 
 import gc
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import attribute
 from lora_lite.layers import is_dtensor
+from lora_lite.magnitudes import largest_magnitudes, not_finite
 from lora_lite.placements import Placement
 from lora_lite.registry import adapted_root, registry_of
 from lora_lite.tensor_spec import TensorSpec
@@ -34,7 +36,7 @@ def _wrapper_of(root: nn.Module) -> str:
     """What has prepared a model for several processes, as the end of a sentence; "" if nothing."""
     if isinstance(root, nn.parallel.DistributedDataParallel):
         return "is wrapped in DistributedDataParallel"
-    if any(is_dtensor(parameter) for parameter in root.parameters()):
+    if "torch.distributed.tensor" in sys.modules and any(map(is_dtensor, root.parameters())):
         return "has sharded parameters (FSDP2, DTensor)"
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ""
@@ -63,20 +65,25 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
         AdapterError: a used name, another root, a base on the meta device or offloaded, weights
             that are empty, complex or not finite, an attribute in the way.
     """
-    _refuse_other_root(root, name)
+    _refuse_other_root(root)
+    refuse_taken_name(root, name)
     for placement in placements:
         _refuse_absent(placement)
         _refuse_taken(placement, name)
     _refuse_broken([placement for placement in placements if _plain_weight(placement) is not None])
 
 
-def _refuse_other_root(root: nn.Module, name: str) -> None:
+def _refuse_other_root(root: nn.Module) -> None:
     found = adapted_root(root)
     if found is not root:
         raise AdapterError(
             f"adapters were attached through a part of this model ({type(found).__name__})",
             fix="Attach this one there too, or detach those first",
         )
+
+
+def refuse_taken_name(root: nn.Module, name: str) -> None:
+    """An error if the model has an adapter of this name."""
     registry = registry_of(root)
     if registry is not None and name in registry.adapters:
         raise AdapterError(
@@ -93,7 +100,8 @@ def _refuse_other_root(root: nn.Module, name: str) -> None:
 def _refuse_absent(placement: Placement) -> None:
     """A layer whose weights are not there."""
     module, path = placement.module, placement.path
-    if any(parameter.device.type == "meta" for parameter in module.parameters()):
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if any(parameter.device.type == "meta" for parameter in parameters):
         raise AdapterError(
             f"{path} is on the meta device (offloaded, or not loaded yet)",
             expected="An adapter there would silently do nothing",
@@ -148,31 +156,25 @@ def _refuse_broken(placements: Sequence[Placement]) -> None:
                 fix="Leave the layer out with exclude=",
                 layer=placement.path,
             )
-    largest = largest_entries(placements)
-    for placement, entry in zip(placements, largest, strict=True):
-        if entry != entry or entry == float("inf"):
-            raise AdapterError(
-                f"the weight of {placement.path} has values that are not finite",
-                fix="Load the base again; check how it was converted",
-                layer=placement.path,
-            )
+    broken = not_finite(_weights(placements))
+    if broken:
+        raise AdapterError(
+            f"the weights of {len(broken)} layers have values that are not finite",
+            details=broken,
+            fix="Load the base again; check how it was converted",
+            layer=broken[0],
+        )
 
 
 def zero_weights(placements: Sequence[Placement]) -> list[str]:
     """The paths of the layers whose weight is 0 everywhere."""
-    plain = [placement for placement in placements if _plain_weight(placement) is not None]
-    entries = largest_entries(plain)
-    return [p.path for p, entry in zip(plain, entries, strict=True) if entry == 0]
+    return [path for path, size in largest_magnitudes(_weights(placements)).items() if size == 0]
 
 
-def largest_entries(placements: Sequence[Placement]) -> list[float]:
-    """The largest magnitude in each layer's weight, all of them read in one go."""
-    weights = [placement.module._parameters["weight"] for placement in placements]
-    plain = [weight.detach() for weight in weights if weight is not None]
-    if not plain:
-        return []
-    norms = torch._foreach_norm(plain, float("inf"))
-    return [float(norm) for norm in torch.stack([norm.float().cpu() for norm in norms])]
+def _weights(placements: Sequence[Placement]) -> dict[str, Tensor]:
+    """The weights that torch can compute with, by the path of the layer."""
+    weights = {placement.path: _plain_weight(placement) for placement in placements}
+    return {path: weight for path, weight in weights.items() if weight is not None}
 
 
 # --- the adapter's own tensors

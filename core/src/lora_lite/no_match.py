@@ -1,0 +1,32 @@
+"""The error for a pattern that matches no layer: it shows the layers that there are."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from lora_lite.errors import TargetError, did_you_mean
+from lora_lite.find import Layer
+
+
+def no_match(argument: str, pattern: re.Pattern[str], layers: Sequence[Layer]) -> TargetError:
+    return TargetError(
+        f"{argument}={pattern.pattern!r} matches none of these layers",
+        details=names_with_counts(layers),
+        expected="Every pattern must match at least one layer",
+        fix=did_you_mean(pattern.pattern.strip("^$."), _names(layers)),
+        argument=argument,
+    )
+
+
+def _names(layers: Sequence[Layer]) -> set[str]:
+    """Every name in the paths of the layers, without the indices."""
+    names: set[str] = set()
+    for layer in layers:
+        names.update(layer.path.split("."))
+    return {name for name in names if not name.isdigit()}
+
+
+def names_with_counts(layers: Sequence[Layer]) -> list[str]:
+    """What the layers are called in their parents, and how often: `q_proj x 32`."""
+    counts = Counter(layer.path.rpartition(".")[2] for layer in layers)
+    return [f"{name} x {count}" for name, count in counts.items()]

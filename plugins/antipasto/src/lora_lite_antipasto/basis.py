@@ -77,7 +77,7 @@ class SingularVariant(ScaledVariant):
                 (self.r,), trainable=False, derived=derived, dtype=precise, compute="float32"
             ),
             "V": TensorSpec(v, trainable=False, dtype=precise, compute="float32")
-            if self.v_is_precise
+            if self.v_is_in_two_parts
             else TensorSpec(v, trainable=False, derived=derived),
         }
 
@@ -123,24 +123,23 @@ class SingularVariant(ScaledVariant):
 
     def coordinates(self, t: Tensors, x: Tensor) -> Tensor:
         """The input in singular coordinates, z = V x (..., r)."""
+        if not self.v_is_in_two_parts:
+            return linear(x, t["V"])
         dtype = t["U"].dtype
-        high = t["V"].to(dtype)
-        z = linear(x, high)
-        if t["V"].dtype == dtype:
-            return z
-        return z + linear(x, (t["V"] - high).to(dtype))
+        high = t["V"].bfloat16().to(dtype)
+        return linear(x, high) + linear(x, (t["V"] - high).to(dtype))
 
     def macs_of_basis(self, site: Site) -> int:
         """Multiply-accumulates a token of V x and of U."""
-        twice = self.v_is_precise and site.dtype.itemsize == 2
-        return self.r * ((2 if twice else 1) * site.d_in + site.d_out)
+        return self.r * ((2 if self.v_is_in_two_parts else 1) * site.d_in + site.d_out)
 
     @property
-    def v_is_precise(self) -> bool:
-        """Whether V is kept in float32 on a half-precision layer, and multiplied in two parts.
+    def v_is_in_two_parts(self) -> bool:
+        """Whether V is kept in float32, and multiplied in two parts that fit half precision.
 
-        On correlated inputs a V that is oriented by their correlations has large entries which
-        cancel, all the more the nearer r is to d_in. Rounded to half precision they would not.
+        A V that is oriented by correlations of the inputs has large entries, which cancel on such
+        inputs; all the more the nearer r is to d_in. Rounded to half precision they would not. It
+        is done on every layer, so that the costs are those of the shapes alone.
         """
         return self.basis in ("corda", "corda_sqrt")
 

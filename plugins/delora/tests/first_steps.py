@@ -1,6 +1,6 @@
 """The first steps of DeLoRA from its starts, beside LoRA's: the loss curves of the decision page.
 
-    python plugins/delora/curves/first_steps.py [STEPS]
+    python plugins/delora/tests/first_steps.py [STEPS]
 
 The embedded model and word problems of the benchmark, AdamW at a constant `recommended_lr` without
 warm-up, gradients clipped at norm 1, and the same batches for all.
@@ -43,9 +43,7 @@ def curve(label: str, data: list[Batch]) -> list[float]:
     """The loss at every step, in nats an answer token."""
     model = load_model(CONFIG)
     variant = label.partition(",")[0]
-    adapter = ll.attach(
-        model, variant, targets=CONFIG.targets, layers=CONFIG.layers, **ROWS[label]
-    )
+    adapter = ll.attach(model, variant, targets=CONFIG.targets, layers=CONFIG.layers, **ROWS[label])
     lr = adapter.variant.recommended_lr
     optimizer = torch.optim.AdamW(adapter.param_groups(weight_decay=0.01), lr=lr)
     losses = []

@@ -118,7 +118,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _fill(
     adapter: ll.Adapter, theirs: nn.Module, tensors: Mapping[str, Theirs], noise: float
 ) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Draw our parameters, give PEFT the same, and pair them: (name of the tensor, ours, theirs)."""
+    """Draw our parameters, give PEFT the same, and pair them: (tensor, ours, theirs)."""
     named, state = dict(theirs.named_parameters()), adapter.state_dict()
     rng = torch.Generator().manual_seed(1)
     pairs = []

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_lite_dora import DoRA
+from lora_lite_dora.dora import GROWTH
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")
@@ -141,7 +142,7 @@ def test_bfloat16_base_has_a_precise_norm() -> None:
     nn.init.normal_(b, std=0.02)
     t = {name.split(".")[1]: value for name, value in adapter.state_dict().items()}
     site = ll.plan(model, "dora", targets="0").placements[0].site
-    found = adapter.variant.prepare(site, t)["n / n0"]
+    found = adapter.variant.prepare(site, t)[GROWTH]
     w = model[0].weight.double()
     exact = (w + b.double() @ a.double()).norm(dim=1) / w.norm(dim=1)
     assert float((exact - 1).detach().abs().max()) > 0.01

@@ -10,6 +10,7 @@ import lora_lite as ll
 import pytest
 import torch
 from lora_lite_road import ROAD
+from lora_lite_road.road import COSINE_MINUS_1, SINE
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -61,7 +62,7 @@ def test_small_angles_are_not_lost(angle: float) -> None:
     prepared = adapter.variant.prepare(site, {"theta": theta, "alpha_offset": torch.zeros(2)})
     expected = math.cos(angle) - 1
     torch.testing.assert_close(
-        prepared["c - 1"].detach().double().mean().item(), expected, rtol=1e-5, atol=0
+        prepared[COSINE_MINUS_1].detach().double().mean().item(), expected, rtol=1e-5, atol=0
     )
 
 

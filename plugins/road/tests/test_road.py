@@ -10,7 +10,7 @@ import lora_lite as ll
 import pytest
 import torch
 from lora_lite_road import ROAD
-from lora_lite_road.road import COSINE_MINUS_1, SINE
+from lora_lite_road.road import COSINE_MINUS_1
 from torch import nn
 
 peft = pytest.importorskip("peft")

@@ -15,8 +15,8 @@ R is the Cayley transform of a skew matrix X, so that R(-c) = R(c)⁻¹:
     R = (I - X)⁻¹ (I + X),        E = (I - X)⁻¹ 2 X
     X_ij = -X_ji = c/2 · a tanh(θ / 2a),    a = 2 tan(max_angle / 2)
 
-Start: δ = 0, θ = 0, so Δ is bitwise 0 and both have a gradient. On a weight of zeros only δ has a
-gradient: there are no singular vectors to turn.
+Start: δ = 0, θ = 0, so Δ is bitwise 0 and both have a gradient. On a weight of zeros θ has one from
+the second step on, when S + δ is no longer 0.
 
 AntiPaSTO: 2026, arXiv:2601.07473.
 """

@@ -1,12 +1,13 @@
 """The first steps of DeLoRA from its starts, beside LoRA's: the loss curves of the decision page.
 
-    python plugins/delora/tests/first_steps.py [STEPS]
+    python plugins/delora/tests/first_steps.py [--steps 11] [--down]
 
 The embedded model and word problems of the benchmark, AdamW at a constant `recommended_lr` without
-warm-up, gradients clipped at norm 1, and the same batches for all. Every projection is adapted.
+warm-up, gradients clipped at norm 1, and the same batches for all. Every projection is adapted, or,
+with --down, the down projections of two layers.
 """
 
-import sys
+import argparse
 
 import lora_lite as ll
 import torch
@@ -20,12 +21,14 @@ from torch import nn
 CONFIG = resolve(Preset.load("tiny"), "lora")
 ROWS = {
     "lora": {},
-    "delora, subtract, 15": {"start": "subtract", "strength": 15.0},
-    "delora, zero_b, 15": {"start": "zero_b", "strength": 15.0},
-    "delora, subtract, 15, scalar": {"start": "subtract", "strength": 15.0, "norm": "scalar"},
-    "delora, zero_b, 1": {"start": "zero_b", "strength": 1.0},
+    "delora, subtract, channel, 1": {"strength": 1.0},
+    "delora, subtract, channel, 8": {"strength": 8.0},
+    "delora, subtract, channel, 15": {},
+    "delora, subtract, scalar, 8": {"norm": "scalar", "strength": 8.0},
+    "delora, zero_b, channel, 1": {"start": "zero_b", "strength": 1.0},
+    "delora, zero_b, channel, 15": {"start": "zero_b"},
 }
-SHOWN = (0, 1, 2, 3, 5, 10, 20, 30)
+SHOWN = (0, 1, 2, 3, 5, 10, 20, 50, 100)
 
 
 def batches(steps: int) -> list[Batch]:
@@ -36,11 +39,12 @@ def batches(steps: int) -> list[Batch]:
     return [collate((examples[row] for row in rows), tokenizer.pad_token_id or 0) for rows in order]
 
 
-def curve(label: str, data: list[Batch]) -> list[float]:
+def curve(label: str, data: list[Batch], down: bool) -> list[float]:
     """The loss at every step, in nats an answer token."""
     model = load_model(CONFIG)
     variant = label.partition(",")[0]
-    adapter = ll.attach(model, variant, **ROWS[label])
+    where = {"targets": CONFIG.targets, "layers": CONFIG.layers} if down else {}
+    adapter = ll.attach(model, variant, **where, **ROWS[label])
     lr = adapter.variant.recommended_lr
     optimizer = torch.optim.AdamW(adapter.param_groups(weight_decay=0.01), lr=lr)
     losses = []
@@ -55,13 +59,16 @@ def curve(label: str, data: list[Batch]) -> list[float]:
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else SHOWN[-1] + 1
-    data = batches(steps)
-    shown = [step for step in SHOWN if step < steps]
+    parser = argparse.ArgumentParser(description="The first steps of DeLoRA, beside LoRA's.")
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--down", action="store_true", help="adapt two down projections only")
+    arguments = parser.parse_args()
+    data = batches(arguments.steps)
+    shown = [step for step in SHOWN if step < arguments.steps]
     print(f"| start | {' | '.join(f'step {step}' for step in shown)} |")
     print("|---" * (1 + len(shown)) + "|")
     for label in ROWS:
-        losses = curve(label, data)
+        losses = curve(label, data, arguments.down)
         print(f"| {label} | {' | '.join(f'{losses[step]:.3f}' for step in shown)} |", flush=True)
 
 

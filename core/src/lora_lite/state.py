@@ -98,11 +98,7 @@ def device_of(placement: Placement) -> torch.device:
 
 
 def unpack(
-    placements: Sequence[Placement],
-    saved: Tensors,
-    known: Sequence[str] = (),
-    *,
-    path: str = "",
+    placements: Sequence[Placement], saved: Tensors, known: Sequence[str] = (), *, path: str = ""
 ) -> dict[str, dict[str, Tensor]]:
     """Every layer's stored tensors, from a state dict.
 

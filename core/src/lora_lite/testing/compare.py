@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 # Relative to the largest expected value. Mistakes are far larger than these, rounding far smaller.
-TOLERANCE = {
-    torch.float64: 1e-7,
-    torch.float32: 1e-3,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class NoEffect(AssertionError):

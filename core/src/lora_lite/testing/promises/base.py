@@ -56,7 +56,9 @@ def base_is_untouched(case: Case) -> None:
     assert after.keys() == before.keys(), (
         f"left behind: {after.keys() - before.keys()}, lost: {before.keys() - after.keys()}"
     )
-    changed = [f"{key}: {before[key]} -> {after[key]}" for key in before if after[key] != before[key]]
+    changed = [
+        f"{key}: {before[key]} -> {after[key]}" for key in before if after[key] != before[key]
+    ]
     assert not changed, f"after detach: {'; '.join(changed)}"
     _unwritten(model, weights, "detach")
     same(model(x).detach(), output, "the model's output after detach")

@@ -85,7 +85,9 @@ def weight_decay_keeps_the_start(case: Case) -> None:
         for group in decaying:
             for parameter in group["params"]:
                 parameter.mul_(0.5)
-        close(model(x), before, "a fresh adapter with its decaying tensors halved, against the base")
+        close(
+            model(x), before, "a fresh adapter with its decaying tensors halved, against the base"
+        )
 
 
 @promise(examples=12, waivable=False)

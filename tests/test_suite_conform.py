@@ -64,7 +64,9 @@ def test_a_variant_that_keeps_its_promises(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.usefixtures("few_promises")
 def test_a_broken_promise(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is reported with its values, the drawn case, and what the promise says; the status is 1."""
+    """It is reported with its values, the drawn case, and what the promise says; the status is
+    1.
+    """
     assert main(["conform", f"{module}:Centred"]) == 1
     told = capsys.readouterr()
     assert (
@@ -93,7 +95,9 @@ def test_declared_failures(module: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_new_promise() -> None:
-    """One that is broken is told, with the version that will insist on it, and is not counted as broken."""
+    """One that is broken is told, with the version that will insist on it, and is not counted as
+    broken.
+    """
     since = ".".join(metadata.version("lora-lite-core").split(".")[:2])
     outcome = Outcome(
         replace(PROMISES["macs_are_as_declared"], since=since),

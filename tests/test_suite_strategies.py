@@ -1,4 +1,6 @@
-"""What the suite draws: values that a field allows, and values that it does not, from its type and bounds alone."""
+"""What the suite draws: values that a field allows, and values that it does not, from its type and
+bounds alone.
+"""
 
 import enum
 import math

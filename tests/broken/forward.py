@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 from broken.sound import Sound, caught_by
 
 
-@caught_by("output_is_of_the_bases_kind", r"float32.* for an activation of bfloat16")
+@caught_by("output_is_of_the_bases_kind", r"float32.* for an activation of (bfloat16|float64)")
 class LeaksFloat32(Sound, name="leaks_float32"):
     def delta_output(self, site, t, x, y):
         return super().delta_output(site, t, x, y).float()
@@ -26,7 +26,7 @@ class LeaksFloat64(Sound, name="leaks_float64"):
         return super().delta_output(site, t, x, y) * torch.from_numpy(self.factors)
 
 
-@caught_by("output_is_of_the_bases_kind", r"float32.* for an activation of bfloat16")
+@caught_by("output_is_of_the_bases_kind", r"float32.* for an activation of (bfloat16|float64)")
 class HasADtypeFromImport(Sound, name="has_a_dtype_from_import"):
     one: ClassVar[Tensor] = torch.ones(1)
 
@@ -86,7 +86,7 @@ class SaysItActsOnTheBias(_FromY, name="says_it_acts_on_the_bias"):
         return t["g"] * (y - site.bias().to(y.dtype) if site.has_bias else y)
 
 
-@caught_by("start_matches_identity", r"this site has no bias")
+@caught_by("start_matches_identity", r"has no bias|without a bias")
 class ExpectsABias(_FromY, name="expects_a_bias"):
     def delta_output(self, site, t, x, y):
         return t["g"] * (y - site.bias().to(y.dtype))

@@ -22,7 +22,9 @@ def caught_by(promise: str, told: str) -> Callable[[type[Variant]], type[Variant
 
 
 class Sound(Variant, name="sound"):
-    """Δy = gain · B (A x): right in every respect, and the ground on which the mistakes are made."""
+    """Δy = gain · B (A x): right in every respect, and the ground on which the mistakes are
+    made.
+    """
 
     r: PositiveInt = 2
     gain: Annotated[float, Field(gt=0)] = 1.0
@@ -45,8 +47,9 @@ class Sound(Variant, name="sound"):
 
 
 class Rich(ScaledVariant, name="rich"):
-    """Uses every stage of the contract: Δx = x ⊙ (m ⊙ n / |n| + p P), with m from calibration data and turned round, P derived
-    from the base, a norm that is constant to gradients, a set that n stays in, and a penalty. It takes the scale itself.
+    """Uses every stage of the contract: Δx = x ⊙ (m ⊙ n / |n| + p P), with m from calibration data
+    and turned round, P derived from the base, a norm that is constant to gradients, a set that n
+    stays in, and a penalty. It takes the scale itself.
     """
 
     detached: ClassVar[tuple[str, ...]] = ("norm",)

@@ -1,11 +1,10 @@
 """Mistakes in a forward that small layers, ordinary numbers or eval mode do not show."""
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from lora_lite.author import ScaledVariant, TensorSpec
-from pydantic import Field, PositiveInt, PrivateAttr
-from torch.nn.functional import dropout
+from pydantic import PositiveInt, PrivateAttr
 
 from broken.sound import Sound, caught_by
 
@@ -23,19 +22,6 @@ class DetachesInTraining(Sound, name="detaches_in_training"):
     def delta_output(self, site, t, x, y):
         a = t["A"].detach() + 0 * t["A"] if site.training else t["A"]
         return super().delta_output(site, {**t, "A": a}, x, y)
-
-
-class DropsOut(Sound, name="drops_out"):
-    """Right: dropout of entries and of whole ranks, in training mode alone."""
-
-    p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def delta_output(self, site, t, x, y):
-        kept = torch.ones(self.r, device=x.device, dtype=x.dtype)
-        if site.training:
-            kept = torch.bernoulli(kept * (1 - self.p)) / (1 - self.p)
-        h = dropout(x, self.p, site.training) @ t["A"].T
-        return self.gain * ((kept * h) @ t["B"].T)
 
 
 @caught_by("outputs_depend_on_tensors_alone", r"a model's output after")
@@ -110,13 +96,6 @@ class _ByItself(ScaledVariant):
     macs_per_token = Sound.macs_per_token
 
 
-class ScalesByItself(_ByItself, name="scales_by_itself"):
-    """Right: takes the scale, and has no `prepare`."""
-
-    def delta_output(self, site, t, x, y, *, scale=1.0):
-        return scale * (x @ t["A"].T @ t["B"].T)
-
-
 @caught_by("scale_fades_from_base_to_adapter", r"the output at scale -1: .*not finite")
 class TakesARootOfTheScale(_ByItself, name="takes_a_root_of_the_scale"):
     def delta_output(self, site, t, x, y, *, scale=1.0):
@@ -173,7 +152,7 @@ class WritesOutSoftmax(Sound, name="writes_out_softmax"):
         return super().delta_output(site, t, x * weights.to(x.dtype), y)
 
 
-@caught_by("half_precision_keeps_the_change", r"in bfloat16 the change is off by")
+@caught_by("half_precision_keeps_the_change", r"in torch.bfloat16 the change is off by")
 class SubtractsYAgain(Sound, name="subtracts_y_again"):
     def delta_output(self, site, t, x, y):
         return (100 * y + super().delta_output(site, t, x, y)) - 100 * y

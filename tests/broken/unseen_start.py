@@ -48,12 +48,6 @@ class DecaysItsGain(_Gain, name="decays_its_gain"):
     pass
 
 
-class KeepsItsGain(_Gain, name="keeps_its_gain"):
-    """Right: the gain does not decay."""
-
-    decay: ClassVar[bool] = False
-
-
 @caught_by("weight_decay_keeps_the_start", r"decaying tensors halved, against the base")
 class DecaysItsPrincipalPart(Sound, name="decays_its_principal_part"):
     """W' = W + A - A0, A starting at A0, a part of the weight."""
@@ -147,19 +141,6 @@ class UpgradesSomeFields(Sound, name="upgrades_some_fields"):
         return {"r": fields["r"]}, tensors
 
 
-class UpgradesAllFields(Sound, name="upgrades_all_fields"):
-    """Right: format 1 had called the gain `scaling`."""
-
-    format: ClassVar[int] = 2
-
-    @classmethod
-    def upgrade(cls, fields, tensors, from_format):
-        fields = dict(fields)
-        if "scaling" in fields:
-            fields["gain"] = fields.pop("scaling")
-        return fields, {"A": tensors["lora_A"], "B": tensors["lora_B"]}
-
-
 @caught_by("every_field_changes_something", r"'alpha' changes nothing")
 class HasAFieldLeftOver(Sound, name="has_a_field_left_over"):
     alpha: PositiveFloat = 16.0
@@ -170,7 +151,7 @@ class HasTwoBranchesAlike(Sound, name="has_two_branches_alike"):
     rslora: bool = False
 
     def delta_output(self, site, t, x, y):
-        scale = 1 / self.r if self.rslora else 1 / self.r
+        scale = self.r**-1.0 if self.rslora else 1 / self.r
         return scale * super().delta_output(site, t, x, y)
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.author import Site, Variant
-from lora_lite.plugins import validated
+from lora_lite.fields import validated
 
 Kind = Literal["Linear", "Conv1D"]
 KINDS: tuple[Kind, ...] = ("Linear", "Conv1D") if find_spec("transformers") else ("Linear",)

@@ -11,7 +11,7 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class NoEffect(AssertionError):
+class NoEffectError(AssertionError):
     """Something was expected to have an effect, and had none.
 
     A correct method can do this too where a size is one: a softmax over one choice is constant, and
@@ -69,7 +69,7 @@ def is_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -
 def differs(actual: Tensor, other: Tensor, what: str) -> None:
     """At least one bit is another."""
     if torch.equal(actual, other):
-        raise NoEffect(f"{what}: expected a difference, got the same bits: {actual}")
+        raise NoEffectError(f"{what}: expected a difference, got the same bits: {actual}")
 
 
 def finite(value: Tensor, what: str) -> None:

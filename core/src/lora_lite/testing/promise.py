@@ -31,7 +31,7 @@ from hypothesis.strategies import SearchStrategy
 from lora_lite.author import Variant
 from lora_lite.plugins import variant_class
 from lora_lite.testing.case import Case
-from lora_lite.testing.compare import NoEffect
+from lora_lite.testing.compare import NoEffectError
 from lora_lite.testing.strategies import Refusal, attempts
 
 Check = Callable[[Case], None]
@@ -133,13 +133,13 @@ class Promise:
         with torch.random.fork_rng(devices=[]):
             try:
                 self.check(case)
-            except NoEffect:
+            except NoEffectError:
                 roomier = case.roomier()
                 if roomier is None:
                     raise
                 try:
                     self.check(roomier)
-                except NoEffect:
+                except NoEffectError:
                     pass
                 else:
                     return

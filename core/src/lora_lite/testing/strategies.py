@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 import lora_lite as ll
 from lora_lite.author import Variant
-from lora_lite.plugins import validated
+from lora_lite.fields import validated
 from lora_lite.testing.case import KINDS, Case
 
 # Small layers: tall, wide and square ones; an odd width among them, the others with many divisors.

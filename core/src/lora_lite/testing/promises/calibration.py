@@ -27,8 +27,9 @@ def every_batch_of_calibration_counts(case: Case) -> None:
     """If a variant takes calibration data, its statistics depend on every batch, and on every part
     of a batch; and no batch is written.
 
-    Usually broken by a sum that is set anew with each batch, by a first batch that is taken for all,
-    by rows that are left out, or by an in-place operation on x or y, which are the model's own.
+    Usually broken by a sum that is set anew with each batch, by a first batch that is taken for
+    all, by rows that are left out, or by an in-place operation on x or y, which are the model's
+    own.
     """
     if not _observes(case):
         return
@@ -49,8 +50,8 @@ def calibration_counts_rows_not_batches(case: Case) -> None:
     """The start values depend on the rows of the calibration data, not on how they are divided into
     batches.
 
-    The last batch of a data set is smaller than the others. Usually broken by a mean of the batches'
-    means, or by a moving average.
+    The last batch of a data set is smaller than the others. Usually broken by a mean of the
+    batches' means, or by a moving average.
     """
     if not _observes(case):
         return

@@ -6,15 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lite.testing.case import Case
-from lora_lite.testing.compare import NoEffect
+from lora_lite.testing.compare import NoEffectError
 from lora_lite.testing.promise import promise
 
 
 @promise(examples=8, large=True)
 def macs_are_as_declared(case: Case) -> None:
-    """`macs_per_token` and `macs_per_forward` are exact: the slope and the intercept, over the number
-    of tokens, of the matrix products that torch's FlopCounterMode counts on an adapted layer beyond
-    the base's.
+    """`macs_per_token` and `macs_per_forward` are exact: the slope and the intercept, over the
+    number of tokens, of the matrix products that torch's FlopCounterMode counts on an adapted layer
+    beyond the base's.
 
     They are columns of the table by which methods are compared. Usually broken by forgetting one of
     two factors, or what `prepare` computes; a product that is made once a forward but in a delta
@@ -38,7 +38,7 @@ def macs_are_as_declared(case: Case) -> None:
     declared = (variant.macs_per_token(site), variant.macs_per_forward(site))
     if declared != (slope, intercept):
         # An einsum over a size of one is not counted: torch makes no matrix product of it.
-        raise NoEffect(
+        raise NoEffectError(
             f"declared (a token, a forward): {declared}; counted: {(slope, intercept)}, from "
             f"{once} MACs for {tokens} tokens and {twice} for {2 * tokens}"
         )

@@ -15,10 +15,10 @@ from lora_lite.testing.promise import promise
 
 @promise(examples=8)
 def derived_tensors_come_again(case: Case) -> None:
-    """What `derive` computes from the base, it computes again: bit for bit from the same weights, up
-    to rounding from a copy of them in another layer, from weights that differ in the last bits, and
-    where a decomposition gives its vectors with other signs, as another machine's may. Without data
-    or random draws.
+    """What `derive` computes from the base, it computes again: bit for bit from the same weights,
+    up to rounding from a copy of them in another layer, from weights that differ in the last bits,
+    and where a decomposition gives its vectors with other signs, as another machine's may. Without
+    data or random draws.
 
     A small adapter file leaves these tensors out. Usually broken by singular vectors without a
     fixed sign (see `lora_lite.author.top_r_svd`), by a randomised decomposition without a fixed

@@ -9,7 +9,7 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.author import Variant
-from lora_lite.plugins import validated
+from lora_lite.fields import validated
 from lora_lite.testing.behaviour import behaves_alike, fields_read
 from lora_lite.testing.case import Case
 from lora_lite.testing.promise import promise, survey
@@ -23,12 +23,13 @@ TINY = 1e-3
 
 @survey(examples=60, waivable=False)
 def fits_most_draws(variant: type[Variant], attempts: Sequence[Case | Refusal]) -> None:
-    """Most fields and shapes that the constraints allow are accepted: at least one draw in five, and
-    of each field more than one value.
+    """Most fields and shapes that the constraints allow are accepted: at least one draw in five,
+    and of each field more than one value.
 
-    What is refused is not tested, so a variant that refuses nearly everything would pass every other
-    test. Usually broken by constraints that are checked in `tensors()` but not told to pydantic (a
-    rank that must be even: `Field(multiple_of=2)`), or by `fields` strategies of one point.
+    What is refused is not tested, so a variant that refuses nearly everything would pass every
+    other test. Usually broken by constraints that are checked in `tensors()` but not told to
+    pydantic (a rank that must be even: `Field(multiple_of=2)`), or by `fields` strategies of one
+    point.
     """
     refusals = [attempt for attempt in attempts if isinstance(attempt, Refusal)]
     shown = "".join(
@@ -43,8 +44,8 @@ def fits_most_draws(variant: type[Variant], attempts: Sequence[Case | Refusal]) 
     for field in variant.model_fields:
         seen = {repr(getattr(case.variant, field)) for case in cases}
         assert len(seen) > 1 or not varies(variant, field), (
-            f"of {variant.name}.{field}, only {', '.join(seen)} was accepted in {len(cases)} draws; "
-            "let it vary"
+            f"of {variant.name}.{field}, only {', '.join(seen)} was accepted in {len(cases)} "
+            "draws; let it vary"
         )
 
 
@@ -86,9 +87,9 @@ def every_field_changes_something(
 def fields_survive_json(case: Case) -> None:
     """A variant written as JSON and read again is equal to itself, and so is one that is pickled.
 
-    An adapter file holds the fields as JSON. Usually broken by a field whose type JSON does not have
-    (a torch.dtype, a set, a tuple that comes back as a list, an arbitrary object), or by a validator
-    that changes a value each time it runs.
+    An adapter file holds the fields as JSON. Usually broken by a field whose type JSON does not
+    have (a torch.dtype, a set, a tuple that comes back as a list, an arbitrary object), or by a
+    validator that changes a value each time it runs.
     """
     variant, cls = case.variant, type(case.variant)
     text = variant.model_dump_json()

@@ -143,8 +143,8 @@ def state_dicts_round_trip(case: Case) -> None:
 
 @promise(examples=6)
 def upgrade_keeps_the_fields(case: Case) -> None:
-    """`upgrade` passes on every field that it is given and that still exists, unless the value is the
-    default.
+    """`upgrade` passes on every field that it is given and that still exists, unless the value is
+    the default.
 
     An old file whose field is dropped loads with the default, and computes something else without a
     word. Usually broken by an `upgrade` that lists the fields it knows instead of changing those

@@ -17,8 +17,8 @@ def output_is_of_the_bases_kind(case: Case) -> None:
     bfloat16 and float64, and whatever dtype the adapter's parameters are kept in. Its gradients are
     finite and have the parameters' dtypes.
 
-    Usually broken by a float32 constant or buffer that raises a bfloat16 activation to float32, by a
-    tensor made with torch.zeros(...) without `dtype` and `device`, or by a float64 number from
+    Usually broken by a float32 constant or buffer that raises a bfloat16 activation to float32, by
+    a tensor made with torch.zeros(...) without `dtype` and `device`, or by a float64 number from
     numpy.
     """
     for kept in (torch.float32, torch.bfloat16):
@@ -39,8 +39,8 @@ def output_is_of_the_bases_kind(case: Case) -> None:
 
 @promise(examples=10, large=True)
 def batch_is_its_rows_and_sequence_its_tokens(case: Case) -> None:
-    """Every token's output depends on this token alone: a batch gives what its rows give one by one,
-    a sequence what its tokens give; and x may have any number of leading dimensions.
+    """Every token's output depends on this token alone: a batch gives what its rows give one by
+    one, a sequence what its tokens give; and x may have any number of leading dimensions.
 
     Generation, padding and batching rely on it. Usually broken by a mean, norm or softmax over the
     wrong dimension, by a transpose or reshape that is right for three dimensions only, or by `x.T`.
@@ -103,8 +103,8 @@ def bias_goes_through(case: Case) -> None:
 
 @promise(examples=6)
 def computes_where_its_tensors_are(case: Case) -> None:
-    """`prepare` and the deltas compute on the device of their arguments, and give results there. The
-    meta device stands for another one.
+    """`prepare` and the deltas compute on the device of their arguments, and give results there.
+    The meta device stands for another one.
 
     A method that is written on one machine runs on another. Usually broken by a constant that is
     made at import, by torch.zeros(...) or torch.arange(...) without `device`, or by `.cpu()`,
@@ -134,8 +134,8 @@ def computes_where_its_tensors_are(case: Case) -> None:
 
 @promise(examples=8)
 def works_under_autocast(case: Case) -> None:
-    """Under bfloat16 autocast a float32 base gives what the base gives there in dtype, the adapter's
-    output up to bfloat16 rounding, and gradients in the parameters' own dtype.
+    """Under bfloat16 autocast a float32 base gives what the base gives there in dtype, the
+    adapter's output up to bfloat16 rounding, and gradients in the parameters' own dtype.
 
     Usually broken by mixing tensors of two dtypes in an operation that autocast does not cast
     (einsum does, addcmul and in-place ones do not).

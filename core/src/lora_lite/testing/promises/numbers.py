@@ -23,9 +23,9 @@ def zeros_give_finite_numbers(case: Case) -> None:
     """A token that is zero, and a base with a row and a column of zeros, give finite outputs and
     finite gradients, at the start and after it.
 
-    Padding is embedded as zeros, and pruning leaves rows of zeros. Usually broken by a division by a
-    norm, or by its root, whose gradient at 0 is infinite: use clamp_min on the norm, or on the sum
-    of squares below a root.
+    Padding is embedded as zeros, and pruning leaves rows of zeros. Usually broken by a division by
+    a norm, or by its root, whose gradient at 0 is infinite: use clamp_min on the norm, or on the
+    sum of squares below a root.
     """
     for emptied in (False, True):
         model = case.model()
@@ -53,8 +53,8 @@ def large_activations_stay_finite(case: Case) -> None:
     of every number among the fields. In float16 the change is still that of float64, to three
     quarters at least.
 
-    Usually broken in float16 by squares, sums of squares or a division by small singular values, and
-    anywhere by exp(): keep the tensors in `compute="float32"`, and use log_softmax, softplus or
+    Usually broken in float16 by squares, sums of squares or a division by small singular values,
+    and anywhere by exp(): keep the tensors in `compute="float32"`, and use log_softmax, softplus or
     expm1 with a limit.
     """
     shape = LARGE["wide" if case.d_in > case.d_out else "tall"]

@@ -13,7 +13,7 @@ import lora_lite as ll
 from lora_lite.author import Variant
 from lora_lite.testing import inside
 from lora_lite.testing.case import Case, Tower
-from lora_lite.testing.compare import all_close, all_same, close, differs, same
+from lora_lite.testing.compare import all_close, all_same, differs, same
 from lora_lite.testing.promise import promise, survey
 from lora_lite.testing.promises.forward import plain_layer
 from lora_lite.testing.strategies import Refusal
@@ -26,8 +26,8 @@ def deltas_write_nothing(case: Case) -> None:
     """`prepare` and the deltas read x, y, the tensors and the base, and write none of them; neither
     does `penalty`.
 
-    x and y belong to the model: it may use them again, and autograd may need them. Usually broken by
-    `y += ...`, `x.mul_()`, `out=`, or an in-place operation on a view of them.
+    x and y belong to the model: it may use them again, and autograd may need them. Usually broken
+    by `y += ...`, `x.mul_()`, `out=`, or an in-place operation on a view of them.
     """
     model = case.model()
     adapter = case.trained(model, layers=0)
@@ -54,8 +54,8 @@ def deltas_write_nothing(case: Case) -> None:
 def outputs_depend_on_tensors_alone(case: Case) -> None:
     """One variant instance serves several models at once, and what a layer computes depends on its
     tensors alone: not on which model, layer or input came before, nor on a step of training. The
-    same forward twice gives the same bits, in training mode with the same random state; in eval mode
-    nothing random is drawn.
+    same forward twice gives the same bits, in training mode with the same random state; in eval
+    mode nothing random is drawn.
 
     Usually broken by state that a method keeps on the variant, its class or its module ("the last
     norm"), and by random draws in a delta that do not look at `site.training`.
@@ -82,8 +82,8 @@ def training_mode_adds_dropout_alone(case: Case) -> None:
     """With dropout out of the way, training mode computes the same outputs and gradients as eval
     mode.
 
-    What is trained is what is used. Usually broken by a delta that scales, clips, detaches or caches
-    by `site.training`. A method that draws its noise in a way of its own, instead of by
+    What is trained is what is used. Usually broken by a delta that scales, clips, detaches or
+    caches by `site.training`. A method that draws its noise in a way of its own, instead of by
     `torch.nn.functional.dropout`, is not asked.
     """
     case = case.but(dtype=torch.float64)
@@ -102,8 +102,8 @@ def path_is_not_read_in_a_forward(case: Case) -> None:
     """`prepare` and the deltas do not read `site.path`.
 
     A compiler would build one graph for each layer, and an adapter would not fit the same layer
-    under another name. Usually broken by a dictionary of layers on the variant: what differs between
-    layers belongs into a tensor, or into a field that `specialize` sets.
+    under another name. Usually broken by a dictionary of layers on the variant: what differs
+    between layers belongs into a tensor, or into a field that `specialize` sets.
     """
     model = case.model()
     adapter = case.trained(model, layers=0)

@@ -28,8 +28,8 @@ def start_matches_identity(case: Case) -> None:
     if it is "rounding".
 
     Training starts from the base model. Usually broken by a start value that is not zero, by a
-    factor that turns an exact zero into rounding (then say "rounding"), by a misspelt `identity`, or
-    by dropout that acts on the sum instead of on a zero.
+    factor that turns an exact zero into rounding (then say "rounding"), by a misspelt `identity`,
+    or by dropout that acts on the sum instead of on a zero.
     """
     identity = case.variant.identity
     assert identity in IDENTITIES, f"identity is {identity!r}, expected one of {IDENTITIES}"
@@ -92,9 +92,9 @@ def weight_decay_keeps_the_start(case: Case) -> None:
 
 @promise(examples=12, waivable=False)
 def only_declared_tensors_appear(case: Case) -> None:
-    """A layer gets the tensors that `tensors` declares, under their names, with their shapes, dtypes
-    and flags, and the core's digest of the fields; nothing else appears anywhere on the model, not
-    even after a forward, a backward and a projection.
+    """A layer gets the tensors that `tensors` declares, under their names, with their shapes,
+    dtypes and flags, and the core's digest of the fields; nothing else appears anywhere on the
+    model, not even after a forward, a backward and a projection.
 
     What is not declared is not saved, moved, counted or removed. Usually broken by a cache or a
     buffer that a delta keeps on a module, or by a tensor that is declared trainable and made
@@ -126,8 +126,8 @@ def only_declared_tensors_appear(case: Case) -> None:
 
 @promise(examples=10, large=True)
 def parameters_are_as_counted(case: Case) -> None:
-    """The trainable numbers that the adapter and `plan` report are those that `tensors` declares and
-    the model holds, and `plan` reports them without a weight, from a model on the meta device.
+    """The trainable numbers that the adapter and `plan` report are those that `tensors` declares
+    and the model holds, and `plan` reports them without a weight, from a model on the meta device.
 
     Methods are compared at equal parameters. Usually broken by shapes that depend on weights or
     data, by parameters that are shared or frozen after all, or by `tensors` that reads the module.

@@ -11,7 +11,7 @@ import lora_lite as ll
 from lora_lite.author import Site, Variant
 from lora_lite.testing import inside
 from lora_lite.testing.case import Case, Tower, move
-from lora_lite.testing.compare import NoEffect, all_same, close, finite
+from lora_lite.testing.compare import NoEffectError, all_same, close, finite
 from lora_lite.testing.promise import promise
 from lora_lite.testing.promises.purity import draws_in_training
 
@@ -22,8 +22,8 @@ PLACES = (0.05, 0.2, 0.5, 1.0)
 
 @promise(examples=10)
 def every_parameter_learns_and_nothing_else(case: Case) -> None:
-    """Within three steps from the start, a finite and non-zero gradient reaches each of the adapter's
-    parameters and moves it. No base parameter gets a gradient.
+    """Within three steps from the start, a finite and non-zero gradient reaches each of the
+    adapter's parameters and moves it. No base parameter gets a gradient.
 
     Usually broken by two factors that both start at zero, by a parameter that no delta reads, by
     `.data` or `.detach()` on the way, or by a clamp at whose edge the method starts.
@@ -52,7 +52,7 @@ def every_parameter_learns_and_nothing_else(case: Case) -> None:
     assert not others, f"these are not the adapter's parameters and got a gradient: {others}"
     unreached = sorted(start.keys() - reached)
     if unreached:
-        raise NoEffect(
+        raise NoEffectError(
             f"the gradient is exactly zero in each of the first {STEPS} steps for {unreached}"
         )
     unmoved = [name for name, p in adapter.named_parameters() if torch.equal(p, start[name])]
@@ -65,8 +65,8 @@ def every_entry_can_learn(case: Case) -> None:
     of every trainable tensor. The diagonal and one triangle of square blocks are not asked, which
     skew and triangular matrices leave out.
 
-    An entry that never learns is counted as a parameter and does nothing. Usually broken by
-    rank // 2, pairs of an odd number of features, or the last part of a division that leaves a rest.
+    An entry that never learns is counted as a parameter and does nothing. Usually broken by rank //
+    2, pairs of an odd number of features, or the last part of a division that leaves a rest.
     """
     case = case.but(dtype=torch.float64)
     model = case.model()
@@ -91,7 +91,7 @@ def every_entry_can_learn(case: Case) -> None:
         if bool((~where & ~_left_out_of_a_matrix(where)).any())
     }
     if dead:
-        raise NoEffect(
+        raise NoEffectError(
             f"these entries have no gradient at any of {len(PLACES)} places around the start, the "
             f"first of each tensor being: {dead}"
         )
@@ -119,15 +119,15 @@ def learns_what_it_can_express(case: Case) -> None:
     told = ", ".join(
         f"from {losses[0]:.3g} to {min(losses):.3g} at lr {lr}" for lr, losses in runs.items()
     )
-    failure = NoEffect if all(losses[0] == 0 for losses in runs.values()) else AssertionError
+    failure = NoEffectError if all(losses[0] == 0 for losses in runs.values()) else AssertionError
     raise failure(f"in 80 steps of Adam, the mean square error fell {told}")
 
 
 @promise(examples=8)
 def project_and_penalty_are_sound(case: Case) -> None:
-    """The start is in the allowed set, so `project` does not move it; projecting twice is projecting
-    once, and gives the same every time; it changes the parameters themselves, in place. `penalty`,
-    where a method has one, is a finite scalar that has a finite gradient.
+    """The start is in the allowed set, so `project` does not move it; projecting twice is
+    projecting once, and gives the same every time; it changes the parameters themselves, in place.
+    `penalty`, where a method has one, is a finite scalar that has a finite gradient.
 
     Usually broken by a projection that rescales a little each time, by one that puts a new tensor
     into `t` or writes to `.data` (autograd and `frozen()` do not see that), by a random draw, or by
@@ -155,8 +155,8 @@ def accumulated_gradients_add_up(case: Case) -> None:
     parallelism are right.
 
     Usually broken by state that a forward leaves for the next one, by something that looks at the
-    whole batch, or by a graph that is kept from one step to the next (backward then fails the second
-    time).
+    whole batch, or by a graph that is kept from one step to the next (backward then fails the
+    second time).
     """
     case = case.but(dtype=torch.float64)
     model, x = case.model(), case.inputs(3, 2)
@@ -187,7 +187,7 @@ def checks_clean(case: Case) -> None:
     try:
         ll.check(model, case.inputs(8, 16))
     except ll.CheckError as error:
-        raise NoEffect(str(error)) from error
+        raise NoEffectError(str(error)) from error
     all_same(_values(adapter), before, "parameters after ll.check")
 
 
@@ -268,7 +268,7 @@ def _check_penalty(case: Case, model: Tower, adapter: ll.Adapter, *, is_start: b
         for gradient in found:
             finite(gradient, "the gradient of the penalty")
         if not is_start and not any(bool(gradient.any()) for gradient in found):
-            raise NoEffect(f"the penalty {float(penalty)} has no gradient")
+            raise NoEffectError(f"the penalty {float(penalty)} has no gradient")
 
 
 def _backward(model: Tower, x: Tensor) -> None:

@@ -65,11 +65,11 @@ def checkpointing_changes_nothing(case: Case) -> None:
 @promise(examples=2, shrink=False)
 def compiles_whole_and_once(case: Case) -> None:
     """torch.compile(fullgraph=True) takes an adapted model without a graph break, in training mode
-    and in eval mode, agrees with the uncompiled model in outputs and gradients, and compiles nothing
-    again after optimizer steps and a swap to other values.
+    and in eval mode, agrees with the uncompiled model in outputs and gradients, and compiles
+    nothing again after optimizer steps and a swap to other values.
 
-    Usually broken by `if` on a tensor's value, `.item()`, print, numpy, a Python number that changes
-    with every step, or by a delta that reads `site.path`.
+    Usually broken by `if` on a tensor's value, `.item()`, print, numpy, a Python number that
+    changes with every step, or by a delta that reads `site.path`.
     """
     from torch._dynamo.testing import CompileCounterWithBackend  # takes a second to import
 

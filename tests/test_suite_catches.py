@@ -54,10 +54,9 @@ def test_a_right_variant_near_a_mistake_passes(cls: type[Variant], promise: str)
 
 def test_state_that_makes_a_failure_come_and_go_is_named() -> None:
     """hypothesis tries a failing case again; if it then passes, the error says why that may be."""
-    with pytest.raises(
-        AssertionError, match=r"(?s)rows one by one.*state is carried between calls"
-    ):
-        promise = PROMISES["batch_is_its_rows_and_sequence_its_tokens"]
+    promise = PROMISES["batch_is_its_rows_and_sequence_its_tokens"]
+    told = r"(?s)rows one by one.*state is carried between calls"
+    with pytest.raises(AssertionError, match=told):
         promise.run(Subject.of(PARTS["flaky"].FailsOnce))
 
 

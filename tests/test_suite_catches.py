@@ -80,7 +80,7 @@ def test_the_contract_page_has_every_promise() -> None:
 
 
 def test_a_strategy_of_one_point_is_caught() -> None:
-    with pytest.raises(AssertionError, match=r"of sound\.r, only 2 was taken"):
+    with pytest.raises(AssertionError, match=r"of sound\.r, only 2 was accepted"):
         PROMISES["fits_most_draws"].run(Subject.of(Sound, {"r": st.just(2)}))
 
 

@@ -41,7 +41,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
     """This interpreter, with an installed folder on its path."""
-    extra = {"PYTHONPATH": str(path)} if path else {}
+    before = os.environ.get("PYTHONPATH", "")
+    extra = {"PYTHONPATH": os.pathsep.join(filter(None, [str(path), before]))} if path else {}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, check=False
@@ -90,7 +91,7 @@ def test_the_package_is_formatted_linted_and_typed(write: Write) -> None:
     package = write("my-method")
     python("-m", "ruff", "check", "--isolated", ".", cwd=package)
     python(
-        "-m", "ruff", "format", "--isolated", "--line-length", "128", "--check", ".", cwd=package
+        "-m", "ruff", "format", "--isolated", "--line-length", "100", "--check", ".", cwd=package
     )
     settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
     python("-m", "mypy", *settings, "src", cwd=package)
@@ -113,9 +114,7 @@ def test_names_are_exchanged(write: Write, name: str) -> None:
         for path, text in files.items()
         if "method" in path or "my" in text.split() or "my_method" in text
     ]
-    assert (
-        'class LowRank(ll.Variant, name="low_rank")' in files["src/lora_lite_low_rank/low_rank.py"]
-    )
+    assert 'class LowRank(Variant, name="low_rank")' in files["src/lora_lite_low_rank/low_rank.py"]
     assert 'low_rank = "lora_lite_low_rank:LowRank"' in files["pyproject.toml"]
     expected = {
         "README.md",

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.layers import LayerKind
+from lora_lite.author import LayerKind, Rng, Site, Tensors, TensorSpec, Variant
 from lora_lite.plugins import kind_of
 from lora_lite.testing.compare import TOLERANCE, all_same, close
 from lora_lite.testing.promises.base import snapshot
 from lora_lite.testing.sealed import refuse_replaced
-from lora_lite.variant import Rng, Site, Tensors, TensorSpec, Variant
 
 
 class Doubled(Variant, name="doubled"):

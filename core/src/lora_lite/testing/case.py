@@ -6,7 +6,7 @@ Everything follows from the case's own values, so another process builds the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -30,6 +30,8 @@ TARGETS = r"\.layer$"
 LARGE = {"wide": (96, 48), "tall": (48, 96), "square": (64, 64)}
 LARGE_SIZES = (16, 12)
 LARGE_TOKENS = 40
+# A layer whose sizes are all odd: halves and pairs leave a rest.
+ODD, ODD_SIZE = (9, 7), 3
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,15 @@ class Case:
         shape = "wide" if self.d_in > self.d_out else "tall" if self.d_in < self.d_out else "square"
         d_in, d_out = LARGE[shape]
         case = self.but(d_in=d_in, d_out=d_out, tokens=LARGE_TOKENS)
-        for name in self.whole_numbers():
-            if name not in keep:
-                tried = (case.with_fields(**{name: size}) for size in LARGE_SIZES)
-                case = next(filter(None, tried), case)
-        return case.with_fields()
+        return case._with_sizes(LARGE_SIZES, keep)
+
+    def odd(self, keep: Collection[str] = ()) -> Case | None:
+        """The case on a layer of odd sizes, with odd ranks; None if it does not fit.
+
+        Args:
+            keep: the fields that stay as they are.
+        """
+        return self.but(d_in=ODD[0], d_out=ODD[1])._with_sizes((ODD_SIZE,), keep)
 
     def at_defaults(self) -> Case | None:
         """The case with the default of every number among the fields; None if it does not fit."""
@@ -162,6 +168,15 @@ class Case:
     def site(self, model: nn.Module) -> Site:
         """The first of them, that of `model.layer`."""
         return next(iter(self.sites(model).values()))
+
+    def _with_sizes(self, sizes: Sequence[int], keep: Collection[str]) -> Case | None:
+        """The case with the first of these sizes that fits, for each field that holds an int."""
+        case = self
+        for name in self.whole_numbers():
+            if name not in keep:
+                tried = (case.with_fields(**{name: size}) for size in sizes)
+                case = next(filter(None, tried), case)
+        return case.with_fields()
 
     def _empty(self, device: str) -> Tower:
         with torch.device(device), torch.random.fork_rng(devices=[]):

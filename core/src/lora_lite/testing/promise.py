@@ -84,7 +84,8 @@ class Promise:
         text: what is promised, why, and what usually breaks it.
         examples: how many cases are drawn.
         check: takes one case; or `survey` takes all attempts at once, refusals included.
-        large: whether the first and the last drawn case are also checked on a large layer.
+        sizes: whether the first and the last drawn case are also checked on a large layer, and on
+            one whose sizes are odd.
         shrink: whether a failing case is made smaller before it is shown (not where one is slow).
         waivable: whether it may be declared an expected failure.
         since: the minor version of the core, such as "0.2", that brought it; empty for the first
@@ -96,7 +97,7 @@ class Promise:
     examples: int
     check: Check | None = None
     survey: Survey | None = None
-    large: bool = False
+    sizes: bool = False
     shrink: bool = True
     waivable: bool = True
     since: str = ""
@@ -118,8 +119,8 @@ class Promise:
             else:
                 cases: list[Case] = []
                 self._draw(subject, lambda attempt: self._take(attempt, cases))
-                for case in _large(cases, subject) if self.large else ():
-                    self._hold_large(case)
+                for case in _other_sizes(cases, subject) if self.sizes else ():
+                    self._hold_and_name(case)
 
     def _take(self, attempt: Case | Refusal, cases: list[Case]) -> None:
         if isinstance(attempt, Refusal):
@@ -145,12 +146,12 @@ class Promise:
                     return
                 raise
 
-    def _hold_large(self, case: Case) -> None:
+    def _hold_and_name(self, case: Case) -> None:
         try:
             self._hold(case)
         except Exception as error:
             if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"on a large layer: {case}")
+                error.add_note(f"in the {case}")
             raise
 
     def _draw(self, subject: Subject, take: Callable[[Case | Refusal], None]) -> None:
@@ -216,12 +217,12 @@ def _add(new: Promise) -> None:
     PROMISES[new.name] = new
 
 
-def _large(cases: list[Case], subject: Subject) -> Iterator[Case]:
-    """The first and the last case, on a large layer. Refined fields keep their values."""
+def _other_sizes(cases: list[Case], subject: Subject) -> Iterator[Case]:
+    """The first and the last case in other sizes. Refined fields keep their values."""
     for case in dict.fromkeys([*cases[:1], *cases[-1:]]):
-        larger = case.larger(keep=subject.fields)
-        if larger is not None:
-            yield larger
+        for other in (case.larger(keep=subject.fields), case.odd(keep=subject.fields)):
+            if other is not None:
+                yield other
 
 
 def _state_is_carried(error: Flaky) -> AssertionError:

@@ -22,7 +22,7 @@ TRIES = 4
 REGROUPED = 0.1
 
 
-@promise(examples=6, large=True)
+@promise(examples=6, sizes=True)
 def every_batch_of_calibration_counts(case: Case) -> None:
     """If a variant takes calibration data, its statistics depend on every batch, and on every part
     of a batch; and no batch is written.

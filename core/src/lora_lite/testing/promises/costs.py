@@ -10,7 +10,7 @@ from lora_lite.testing.compare import NoEffectError
 from lora_lite.testing.promise import promise
 
 
-@promise(examples=8, large=True)
+@promise(examples=8, sizes=True)
 def macs_are_as_declared(case: Case) -> None:
     """`macs_per_token` and `macs_per_forward` are exact: the slope and the intercept, over the
     number of tokens, of the matrix products that torch's FlopCounterMode counts on an adapted layer

@@ -20,7 +20,7 @@ from lora_lite.testing.compare import all_close, all_same, close, differs, same
 from lora_lite.testing.promise import promise
 
 
-@promise(examples=10, large=True, waivable=False)
+@promise(examples=10, sizes=True, waivable=False)
 def save_and_load_are_bitwise(case: Case) -> None:
     """A trained adapter that is saved, and loaded onto a fresh copy of the base, gives the same
     tensors and outputs to the bit: whatever the random state, without initialisation, calibration
@@ -108,7 +108,7 @@ def file_without_derived_tensors_is_close(case: Case) -> None:
         close(fresh(x), model(x), "the output after loading a file without derived tensors")
 
 
-@promise(examples=8, large=True)
+@promise(examples=8, sizes=True)
 def state_dicts_round_trip(case: Case) -> None:
     """An adapter's `state_dict`, copied into an adapter with another seed, makes it the same to the
     bit; so does the whole model's. A state dict with a tensor missing is refused.

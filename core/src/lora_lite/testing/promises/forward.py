@@ -37,7 +37,7 @@ def output_is_of_the_bases_kind(case: Case) -> None:
                 finite(p.grad, f"the gradient of {name}")
 
 
-@promise(examples=10, large=True)
+@promise(examples=10, sizes=True)
 def batch_is_its_rows_and_sequence_its_tokens(case: Case) -> None:
     """Every token's output depends on this token alone: a batch gives what its rows give one by
     one, a sequence what its tokens give; and x may have any number of leading dimensions.
@@ -82,7 +82,7 @@ def empty_batch_gives_empty_output(case: Case) -> None:
             )
 
 
-@promise(examples=8, large=True)
+@promise(examples=8, sizes=True)
 def bias_goes_through(case: Case) -> None:
     """Where x is zero, the adapted layer gives its bias b, as the base does; a method whose formula
     scales, turns or shifts b says so with `acts_on_bias = True`, and does change it.

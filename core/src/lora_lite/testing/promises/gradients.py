@@ -17,7 +17,7 @@ from lora_lite.testing.promise import promise
 Function = Callable[..., Tensor]
 
 
-@promise(examples=10, large=True)
+@promise(examples=10, sizes=True)
 def gradients_agree_with_finite_differences(case: Case) -> None:
     """In float64, the gradients of the adapted layer by its input and by every parameter are those
     of finite differences, with the prepared tensors that `detached` names held constant; and the

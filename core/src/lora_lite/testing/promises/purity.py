@@ -77,7 +77,7 @@ def outputs_depend_on_tensors_alone(case: Case) -> None:
     differs(between, first, "two models with other weights and other adapters")
 
 
-@promise(examples=8, large=True)
+@promise(examples=8, sizes=True)
 def training_mode_adds_dropout_alone(case: Case) -> None:
     """With dropout out of the way, training mode computes the same outputs and gradients as eval
     mode.

@@ -22,7 +22,7 @@ from lora_lite.testing.promise import promise
 IDENTITIES = ("exact", "rounding", "none")
 
 
-@promise(examples=15, large=True)
+@promise(examples=15, sizes=True)
 def start_matches_identity(case: Case) -> None:
     """A fresh adapter changes nothing: not a bit if `identity` is "exact", nothing beyond rounding
     if it is "rounding".
@@ -124,7 +124,7 @@ def only_declared_tensors_appear(case: Case) -> None:
     assert not appeared, f"undeclared: {sorted(appeared)}"
 
 
-@promise(examples=10, large=True)
+@promise(examples=10, sizes=True)
 def parameters_are_as_counted(case: Case) -> None:
     """The trainable numbers that the adapter and `plan` report are those that `tensors` declares
     and the model holds, and `plan` reports them without a weight, from a model on the meta device.

@@ -12,7 +12,7 @@ from lora_lite.testing.inside import has_both_deltas
 from lora_lite.testing.promise import promise
 
 
-@promise(examples=10, large=True)
+@promise(examples=10, sizes=True)
 def scale_fades_from_base_to_adapter(case: Case) -> None:
     """A disabled adapter, and one at scale 0, are the base bit for bit; scale 1 is the adapter; in
     between, a delta is scaled, unless the method takes the scale itself. Scales of -1 and 2 give

@@ -59,7 +59,7 @@ def every_parameter_learns_and_nothing_else(case: Case) -> None:
     assert not unmoved, f"after {STEPS} steps of AdamW these are what they were: {unmoved}"
 
 
-@promise(examples=10, large=True)
+@promise(examples=10, sizes=True)
 def every_entry_can_learn(case: Case) -> None:
     """Around the start there is a place where the gradient of an entry is not zero, for every entry
     of every trainable tensor. The diagonal and one triangle of square blocks are not asked, which

@@ -1,11 +1,14 @@
-"""The conformance suite over every installed variant: a plugin that is installed is a plugin that is tested."""
+"""The conformance suite over every installed variant: a plugin that is installed is a plugin that
+is tested.
+"""
 
 import lora_lite as ll
 import pytest
 from hypothesis import strategies as st
 from lora_lite.testing import VariantTests
 
-# As in the plugin's own test: away from bounds at which noise or a step on a tiny layer is taken back by `project`.
+# As in the plugin's own test: away from bounds at which noise or a step on a tiny layer is taken
+# back by `project`.
 FIELDS = {
     "antipasto_gain": {"r": st.sampled_from([8, 12])},
     "antipasto_ablate": {"r": st.sampled_from([4, 8]), "init_alpha": st.sampled_from([0.4, 0.8])},

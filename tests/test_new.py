@@ -1,4 +1,6 @@
-"""`lora-lite new`: the package it writes is installed as it stands, keeps every promise, and attaches by its name."""
+"""`lora-lite new`: the package it writes is installed as it stands, keeps every promise, and
+attaches by its name.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
     """This interpreter, with an installed folder on its path."""
-    extra = {"PYTHONPATH": str(path)} if path else {}
+    before = os.environ.get("PYTHONPATH", "")
+    extra = {"PYTHONPATH": os.pathsep.join(filter(None, [str(path), before]))} if path else {}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, check=False
@@ -49,7 +52,9 @@ def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
 
 
 def install_and_test(package: Path) -> Path:
-    """Installs a package into a folder beside it, and runs its tests there, which must pass without a warning."""
+    """Installs a package into a folder beside it, and runs its tests there, which must pass without
+    a warning.
+    """
     installed = package.parent / "installed"
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", installed]
     python("-m", "pip", "install", *options, package, cwd=package)
@@ -70,7 +75,9 @@ def test_the_package_installs_keeps_every_promise_and_attaches_by_name(
 
 
 def test_the_tutorial_leads_to_a_package_that_keeps_every_promise(write: Write) -> None:
-    """The two files that the page on writing a variant gives, put where it says, are all that VeRA needs."""
+    """The two files that the page on writing a variant gives, put where it says, are all that VeRA
+    needs.
+    """
     page = (ROOT / "docs/writing-a-variant.md").read_text()
     method, _, tests, *_ = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     package = write("vera")
@@ -84,7 +91,7 @@ def test_the_package_is_formatted_linted_and_typed(write: Write) -> None:
     package = write("my-method")
     python("-m", "ruff", "check", "--isolated", ".", cwd=package)
     python(
-        "-m", "ruff", "format", "--isolated", "--line-length", "128", "--check", ".", cwd=package
+        "-m", "ruff", "format", "--isolated", "--line-length", "100", "--check", ".", cwd=package
     )
     settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
     python("-m", "mypy", *settings, "src", cwd=package)
@@ -92,7 +99,9 @@ def test_the_package_is_formatted_linted_and_typed(write: Write) -> None:
 
 @pytest.mark.parametrize("name", ["low-rank", "low_rank"])
 def test_names_are_exchanged(write: Write, name: str) -> None:
-    """One name, three spellings: of the distribution, of the variant and of the class; nothing of the template's is left."""
+    """One name, three spellings: of the distribution, of the variant and of the class; nothing of
+    the template's is left.
+    """
     package = write(name)
     assert package.name == "lora-lite-low-rank"
     files = {
@@ -105,9 +114,7 @@ def test_names_are_exchanged(write: Write, name: str) -> None:
         for path, text in files.items()
         if "method" in path or "my" in text.split() or "my_method" in text
     ]
-    assert (
-        'class LowRank(ll.Variant, name="low_rank")' in files["src/lora_lite_low_rank/low_rank.py"]
-    )
+    assert 'class LowRank(Variant, name="low_rank")' in files["src/lora_lite_low_rank/low_rank.py"]
     assert 'low_rank = "lora_lite_low_rank:LowRank"' in files["pyproject.toml"]
     expected = {
         "README.md",

@@ -1,4 +1,6 @@
-"""The suite for layer kinds: the core's own pass it, a quantised stranger passes it, and each mistake is caught by its test."""
+"""The suite for layer kinds: the core's own pass it, a quantised stranger passes it, and each
+mistake is caught by its test.
+"""
 
 from collections.abc import Callable
 

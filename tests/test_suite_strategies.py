@@ -1,14 +1,17 @@
-"""What the suite draws: values that a field allows, and values that it does not, from its type and bounds alone."""
+"""What the suite draws: values that a field allows, and values that it does not, from its type and
+bounds alone.
+"""
 
 import enum
 import math
 from typing import Annotated, Any, Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_lite import Variant
-from lora_lite.plugins import validated
+from lora_lite.author import TensorSpec, Variant
+from lora_lite.fields import validated
 from lora_lite.testing.strategies import attempts, field_values, refused_values, varies
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -18,7 +21,20 @@ class Colour(enum.Enum):
     BLUE = "blue"
 
 
-class Fields(Variant, name="fields"):
+class _Shift(Variant):
+    """Δy = e: what a variant must have at least."""
+
+    def tensors(self, site):
+        return {"e": TensorSpec((site.d_out,))}
+
+    def init(self, site, derived, statistics, rng):
+        return {"e": torch.zeros(site.d_out)}
+
+    def delta_output(self, site, t, x, y):
+        return t["e"].expand_as(y)
+
+
+class Fields(_Shift, name="fields"):
     rank: PositiveInt = 256
     even: Annotated[int, Field(ge=2, multiple_of=2)] = 8
     far: Annotated[int, Field(ge=100, le=1000)] = 500
@@ -39,7 +55,7 @@ class Fields(Variant, name="fields"):
     text: str = "anything"
 
 
-class Needs(Variant, name="needs"):
+class Needs(_Shift, name="needs"):
     r: Annotated[int, Field(gt=0)]
     mapping: dict[str, int]
 

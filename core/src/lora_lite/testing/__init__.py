@@ -1,11 +1,14 @@
-"""The conformance suite: every promise of the contract, held against one variant. Needs `lora-lite-core[testing]`.
+"""The conformance suite: every promise of the contract, held against one variant.
+
+Needs `lora-lite-core[testing]`.
 
 from lora_lite.testing import VariantTests
 
-class TestMyVariant(VariantTests): variant = "my_variant"
+class TestMyVariant(VariantTests):
+    variant = "my_variant"
 
-A kind of linear layer has a suite of its own, `LayerKindTests`. The suite is imported on first use: `lora-lite new`, which
-lives here too, does without the extra.
+A kind of linear layer has a suite of its own, `LayerKindTests`. The suite is imported on first use:
+`lora-lite new`, which lives here too, does without the extra.
 """
 
 from importlib import import_module

@@ -1,10 +1,12 @@
-"""A drawn situation, and the tiny model that it describes. Everything follows from the case's own values, so another process
-builds the same.
+"""A drawn situation, and the tiny model that it describes.
+
+Everything follows from the case's own values, so another process builds the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -15,12 +17,21 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.variant import Site, Variant
+from lora_lite.author import Site, Variant
+from lora_lite.fields import validated
 
 Kind = Literal["Linear", "Conv1D"]
 KINDS: tuple[Kind, ...] = ("Linear", "Conv1D") if find_spec("transformers") else ("Linear",)
 
 TARGETS = r"\.layer$"
+
+
+# A layer that is larger than all that are drawn, and how many tokens go through it.
+LARGE = {"wide": (96, 48), "tall": (48, 96), "square": (64, 64)}
+LARGE_SIZES = (16, 12)
+LARGE_TOKENS = 40
+# A layer whose sizes are all odd: halves and pairs leave a rest.
+ODD, ODD_SIZE = (9, 7), 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Case:
         d_in, d_out, bias: its shape; a Conv1D always has a bias.
         dtype: of the base.
         seed: of the base's weights, the data and the adapter.
+        tokens: how many go through the layer, where a promise looks at a sequence.
     """
 
     variant: Variant
@@ -42,20 +54,76 @@ class Case:
     bias: bool
     dtype: torch.dtype
     seed: int
+    tokens: int = 4
 
     def but(self, **changes: Any) -> Case:
         """The case with other values."""
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
-        return (
-            f"Case({self.variant!s} on {self.kind} {self.d_in} -> {self.d_out}, {'with' if self.bias else 'without'} bias, "
-            f"{str(self.dtype).removeprefix('torch.')}, seed {self.seed})"
-        )
+        bias = "with bias" if self.bias else "without bias"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.kind} {self.d_in} -> {self.d_out}"
+        return f"Case({self.variant!s} on {shape}, {bias}, {dtype}, seed {self.seed})"
+
+    # --- cases near this one
+
+    def with_fields(self, **fields: Any) -> Case | None:
+        """The case with other hyperparameters; None where they are refused or do not fit."""
+        try:
+            case = self.but(variant=validated(type(self.variant), {**dict(self.variant), **fields}))
+            case.plan()
+        except (ll.FieldError, ll.MisfitError):
+            return None
+        return case
+
+    def roomier(self) -> Case | None:
+        """The case without sizes of one, on a layer three times as wide (what is odd stays odd)."""
+        case = self.but(d_in=3 * self.d_in, d_out=3 * self.d_out)
+        for name in self.whole_numbers():
+            if getattr(self.variant, name) == 1:
+                case = case.with_fields(**{name: 3}) or case.with_fields(**{name: 2}) or case
+        return case.with_fields()
+
+    def larger(self, keep: Collection[str] = ()) -> Case | None:
+        """The case on a large layer, with large ranks and many tokens; None if it does not fit.
+
+        Args:
+            keep: the fields that stay as they are.
+        """
+        shape = "wide" if self.d_in > self.d_out else "tall" if self.d_in < self.d_out else "square"
+        d_in, d_out = LARGE[shape]
+        case = self.but(d_in=d_in, d_out=d_out, tokens=LARGE_TOKENS)
+        return case._with_sizes(LARGE_SIZES, keep)
+
+    def odd(self, keep: Collection[str] = ()) -> Case | None:
+        """The case on a layer of odd sizes, with odd ranks; None if it does not fit.
+
+        Args:
+            keep: the fields that stay as they are.
+        """
+        return self.but(d_in=ODD[0], d_out=ODD[1])._with_sizes((ODD_SIZE,), keep)
+
+    def at_defaults(self) -> Case | None:
+        """The case with the default of every number among the fields; None if it does not fit."""
+        fields = type(self.variant).model_fields
+        numbers = {
+            name: info.default
+            for name, info in fields.items()
+            if type(info.default) in (int, float)
+        }
+        return self.with_fields(**numbers)
+
+    def whole_numbers(self) -> list[str]:
+        """The fields that hold an int now."""
+        return [name for name, value in dict(self.variant).items() if type(value) is int]
+
+    # --- its model, data and adapter
 
     def model(self) -> Tower:
-        """The base: two blocks, each with one `layer` of the case's kind and shape. The same weights every time, and no draw
-        from the global random state.
+        """The base: two blocks, each with one `layer` of the case's kind and shape.
+
+        The same weights every time, and no draw from the global random state.
         """
         model = self._empty("cpu")
         rng = torch.Generator().manual_seed(self.seed)
@@ -70,7 +138,7 @@ class Case:
         return torch.randn(*shape, self.d_in, generator=rng).to(self.dtype)
 
     def attach(self, model: nn.Module, **options: Any) -> ll.Adapter:
-        """`ll.attach` at the model's two `layer`s, with calibration data where the variant observes."""
+        """`ll.attach` at both layers, with calibration data where the variant observes."""
         placements = ll.plan(model, self.variant, targets=TARGETS).placements
         if any(p.variant.observe(p.site) is not None for p in placements):
             options.setdefault("calibration", [self.inputs(4, 16, seed=90 + i) for i in range(3)])
@@ -79,7 +147,7 @@ class Case:
     def trained(
         self, model: nn.Module, *, amount: float = 0.1, seed: int = 0, **options: Any
     ) -> ll.Adapter:
-        """An adapter off its start: as `attach`, then every parameter moved by seeded noise and projected."""
+        """An adapter off its start: as `attach`, then every parameter moved and projected."""
         adapter = self.attach(model, **options)
         move(adapter, amount, self.seed + seed)
         return adapter
@@ -94,11 +162,21 @@ class Case:
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
         """The two sites of a model."""
-        return {p.path: p.site for p in ll.plan(model, self.variant, targets=TARGETS).placements}
+        placements = ll.plan(model, self.variant, targets=TARGETS).placements
+        return {placement.site.path: placement.site for placement in placements}
 
     def site(self, model: nn.Module) -> Site:
         """The first of them, that of `model.layer`."""
         return next(iter(self.sites(model).values()))
+
+    def _with_sizes(self, sizes: Sequence[int], keep: Collection[str]) -> Case | None:
+        """The case with the first of these sizes that fits, for each field that holds an int."""
+        case = self
+        for name in self.whole_numbers():
+            if name not in keep:
+                tried = (case.with_fields(**{name: size}) for size in sizes)
+                case = next(filter(None, tried), case)
+        return case.with_fields()
 
     def _empty(self, device: str) -> Tower:
         with torch.device(device), torch.random.fork_rng(devices=[]):
@@ -114,7 +192,7 @@ class Case:
 
 
 class Block(nn.Module):
-    """Attention without weights, then a feed-forward part whose first layer is the one to adapt."""
+    """Attention without weights, then a feed-forward part whose first layer is adapted."""
 
     def __init__(self, layer: nn.Module, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -131,7 +209,10 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Two blocks in a ModuleList, and a buffer. `checkpointing` turns on gradient checkpointing of every block."""
+    """Two blocks in a ModuleList, and a buffer.
+
+    `checkpointing` turns on gradient checkpointing of every block.
+    """
 
     offset: Tensor
 
@@ -165,7 +246,7 @@ def move(adapter: ll.Adapter, amount: float, seed: int) -> None:
 
 
 def _well_conditioned(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """A matrix with singular values from 2 down to 0.5, well apart, so that nothing hangs on rounding; or a vector near 1."""
+    """A matrix with singular values from 2 down to 0.5, well apart; or a vector near 1."""
     if len(shape) < 2:
         return 1 + 0.3 * torch.randn(shape, generator=rng)
     k = min(shape)

@@ -1,4 +1,7 @@
-"""The other process of `another_process_loads_the_same`: python -m lora_lite.testing.child FOLDER MODULE FILE."""
+"""The other process of `another_process_agrees`.
+
+python -m lora_lite.testing.child FOLDER MODULE FILE
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,26 @@ from lora_lite.testing.case import Case
 
 
 def main(folder: Path, module: str, file: str) -> None:
-    """Load FOLDER/adapter.safetensors onto the base of FOLDER/case.pickle, and write what that computes."""
+    """Load FOLDER/adapter.safetensors onto the base of FOLDER/case.pickle, and attach a fresh one.
+
+    Writes what the loaded one computes, and what the fresh one starts from.
+    """
     torch.set_num_threads(1)
     _import(module, file)
     case: Case = pickle.loads((folder / "case.pickle").read_bytes())
     model = case.model()
     ll.load(model, folder / "adapter.safetensors", variant=type(case.variant))
     with torch.no_grad():
-        torch.save(model(case.inputs(2, 3)), folder / "output.pt")
+        output = model(case.inputs(2, 3))
+    start = case.attach(case.model()).state_dict()
+    torch.save({"output": output, "start": start}, folder / "found.pt")
 
 
 def _import(name: str, file: str) -> None:
-    """The module of the variant's class: by its name, or from its file where that name cannot be imported (a test's)."""
+    """Import the module of the variant's class.
+
+    By its name, or from its file if that name cannot be imported (a test's).
+    """
     try:
         found = importlib.util.find_spec(name)
     except ModuleNotFoundError:

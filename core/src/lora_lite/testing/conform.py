@@ -10,62 +10,69 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 
+from lora_lite.author import Variant
 from lora_lite.errors import LoraLiteError
 from lora_lite.plugins import provider
 from lora_lite.testing.promise import Subject
 from lora_lite.testing.promises import PROMISES
 from lora_lite.testing.suite import Outcome, VariantTests
-from lora_lite.variant import Variant
 
 INDENT = " " * 10
 
 
 def conform(name: str, say: Callable[[str], object]) -> str:
-    """Hold a variant to every promise, and `say` at once how it fared with each. Returns a summary.
+    """Hold a variant to every promise, and `say` at once how it fared with each.
 
     Args:
-        name: an installed variant, or `module:Class` of a `Variant`, or of a `VariantTests` with its strategies and expected
-            failures. Modules in the working directory are found.
+        name: an installed variant, or `module:Class` of a `Variant`, or of a `VariantTests` with
+            its strategies and expected failures. Modules in the working directory are found.
         say: takes a line of the report.
+
+    Returns:
+        A summary.
 
     Raises:
         LoraLiteError: a promise is broken; or there is no such variant or class.
     """
     tests = tests_of(name)
     cls = Subject.of(tests.variant).variant
-    say(
-        f"{cls.name} of {' '.join(provider(cls)).strip()}, with lora-lite-core {metadata.version('lora-lite-core')}\n"
-    )
+    package = " ".join(provider(cls)).strip()
+    say(f"{cls.name} of {package}, with lora-lite-core {metadata.version('lora-lite-core')}\n")
     broken, started = [], time.perf_counter()
     for promise in PROMISES.values():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outcome = Outcome.of(promise, tests)
         say(report(outcome))
-        broken += [promise.name] if outcome.verdict in ("broken", "stale") else []
+        if outcome.verdict in ("broken", "stale"):
+            broken.append(promise.name)
+    duration = f"{time.perf_counter() - started:.0f} s"
     if broken:
         raise LoraLiteError(
-            f"{cls.name} breaks {len(broken)} of {len(PROMISES)} promises: {', '.join(broken)}"
+            f"{cls.name} breaks {len(broken)} of {len(PROMISES)} promises ({duration}): "
+            f"{', '.join(broken)}"
         )
-    return f"\n{cls.name} breaks none of {len(PROMISES)} promises ({time.perf_counter() - started:.0f} s)"
+    return f"\n{cls.name} breaks none of {len(PROMISES)} promises ({duration})"
 
 
 def report(outcome: Outcome) -> str:
-    """An outcome as a line, with the reason below it; where a promise is broken, also what it says, and the drawn case."""
+    """An outcome as a line, with the reason below it.
+
+    If a promise is broken, also what it says, and the drawn case.
+    """
     paragraphs = [str(outcome)]
+    word: str = outcome.verdict
     if outcome.verdict == "broken":
-        paragraphs[0] = f"{type(outcome.error).__name__}: {outcome.error}"
-        paragraphs += [
-            *getattr(outcome.error, "__notes__", []),
-            *outcome.promise.text.split("\n\n"),
-        ]
-    word = outcome.verdict.upper() if outcome.verdict in ("broken", "stale") else outcome.verdict
-    told = "".join(
-        f"\n{textwrap.indent(paragraph.strip(), INDENT)}"
-        for paragraph in paragraphs
-        if paragraph.strip()
-    )
-    return f"{word:<9} {outcome.promise.name}{told}"
+        notes = getattr(outcome.error, "__notes__", [])
+        failure = f"{type(outcome.error).__name__}: {outcome.error}"
+        paragraphs = [failure, *notes, *outcome.promise.text.split("\n\n")]
+    if outcome.verdict in ("broken", "stale"):
+        word = word.upper()
+    lines = [f"{word:<9} {outcome.promise.name}"]
+    for paragraph in paragraphs:
+        if paragraph.strip():
+            lines.append(textwrap.indent(paragraph.strip(), INDENT))
+    return "\n".join(lines)
 
 
 def tests_of(name: str) -> type[VariantTests]:

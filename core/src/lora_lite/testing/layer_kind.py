@@ -1,8 +1,11 @@
-"""The conformance suite for a kind of linear layer: what it tells of a layer, held against the layer's own forward.
+"""The conformance suite for a kind of linear layer: what it tells of a layer, held against the
+layer's own forward.
 
 from lora_lite.testing import LayerKindTests
 
-class TestMyKind(LayerKindTests): kind, layers = MyKind, [lambda: MyLinear(6, 4), lambda: MyLinear(4, 6, bias=False)]
+class TestMyKind(LayerKindTests):
+    kind, layers = MyKind, [lambda: MyLinear(6, 4), lambda: MyLinear(4, 6, bias=False)]
+MyLinear(4, 6, bias=False)]
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.layers import LayerKind
+from lora_lite.author import LayerKind, Rng, Site, Tensors, TensorSpec, Variant
 from lora_lite.plugins import kind_of
 from lora_lite.testing.compare import TOLERANCE, all_same, close
 from lora_lite.testing.promises.base import snapshot
 from lora_lite.testing.sealed import refuse_replaced
-from lora_lite.variant import Rng, Site, Tensors, TensorSpec, Variant
 
 
 class Doubled(Variant, name="doubled"):
-    """Reads everything that a site has: Δy = g ⊙ (x Wᵀ + b), with g = 1 at the start, so that y' = 2 y."""
+    """Reads everything that a site has: Δy = g ⊙ (x Wᵀ + b), with g = 1 at the start, so that y' =
+    2 y.
+    """
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {
@@ -49,15 +53,16 @@ class Doubled(Variant, name="doubled"):
 
 
 class LayerKindTests:
-    """Every promise of a `LayerKind`, one test each: subclass it as `TestMyKind`, and set `kind` and `layers`. Its tests can be
-    neither overridden nor removed.
+    """Every promise of a `LayerKind`, one test each: subclass it as `TestMyKind`, and set `kind`
+    and `layers`. Its tests can be neither overridden nor removed.
 
     Attributes:
         kind: the class.
-        layers: functions that make a layer of this kind, with weights that are not zero: with and without a bias where there
-            are both, and of other d_in than d_out.
-        tolerance: how far, relative to the largest output, a forward may be from x Wᵀ + b. By default, a few roundings in
-            the dtype that the layer computes in; a quantised layer may need more.
+        layers: functions that make a layer of this kind, with weights that are not zero: with and
+            without a bias where there are both, and of other d_in than d_out.
+        tolerance: how far, relative to the largest output, a forward may be from x Wᵀ + b. By
+            default, a few roundings in the dtype that the layer computes in; a quantised layer may
+            need more.
     """
 
     kind: ClassVar[type[LayerKind]]
@@ -69,11 +74,12 @@ class LayerKindTests:
         refuse_replaced(cls, LayerKindTests)
 
     def test_recognises_its_layers_and_no_others(self) -> None:
-        """`matches` is true of its layers, and false of other modules, plain `nn.Linear` and a subclass with its own forward
-        among them.
+        """`matches` is true of its layers, and false of other modules, plain `nn.Linear` and a
+        subclass with its own forward among them.
 
-        Weights of a layer that computes something else would be misread in silence. Usually broken by isinstance alone, which
-        a subclass with another forward passes, or by an attribute that other modules have too, or that they miss.
+        Weights of a layer that computes something else would be misread in silence. Usually broken
+        by isinstance alone, which a subclass with another forward passes, or by an attribute that
+        other modules have too, or that they miss.
         """
         others = [
             nn.Identity(),
@@ -90,14 +96,16 @@ class LayerKindTests:
                 assert kind.matches(other) is False, f"{kind} takes {other} for its own"
             layer.__class__ = type("Own", (type(layer),), {"forward": nn.Identity.forward})
             assert kind.matches(layer) is False, (
-                f"{kind} takes a subclass of {type(layer).__base__} with its own forward for its own"
+                f"{kind} takes a subclass of {type(layer).__base__}, with another forward, for "
+                "its own"
             )
 
     def test_shape_is_the_forwards(self) -> None:
-        """`shape` is (d_in, d_out): what the forward takes and gives; for floating-point layers also on the meta device.
+        """`shape` is (d_in, d_out): what the forward takes and gives; for floating-point layers
+        also on the meta device.
 
-        Tensors are made after it. Usually broken by d_out before d_in, or by packed weights whose shape is another one. A
-        suite whose layers are all square would not notice.
+        Tensors are made after it. Usually broken by d_out before d_in, or by packed weights whose
+        shape is another one. A suite whose layers are all square would not notice.
         """
         square = True
         for kind, layer in self._each():
@@ -118,20 +126,21 @@ class LayerKindTests:
         assert not square, "all of `layers` are square; give one with d_in other than d_out"
 
     def test_weight_and_bias_give_the_forward(self) -> None:
-        """The layer computes x Wᵀ + b with the `weight` and `bias` that the kind tells, and passes the gradient g W on to x;
-        W is dense and a floating-point tensor.
+        """The layer computes x Wᵀ + b with the `weight` and `bias` that the kind tells, and passes
+        the gradient g W on to x; W is dense and a floating-point tensor.
 
-        Methods start from W. Usually broken by a transpose, a scale or zero point that is forgotten, or a bias under another
-        name.
+        Methods start from W. Usually broken by a transpose, a scale or zero point that is
+        forgotten, or a bias under another name.
         """
         for kind, layer in self._each():
             self._agree(kind, layer)
 
     def test_dtype_is_what_the_layer_computes_in(self) -> None:
-        """`dtype` is that of the output for an input of this dtype; and where all of a layer's parameters are floating-point
-        numbers, it goes with them when the layer is converted.
+        """`dtype` is that of the output for an input of this dtype; and where all of a layer's
+        parameters are floating-point numbers, it goes with them when the layer is converted.
 
-        Frozen tensors are kept in it. Usually broken by the dtype of packed weights (uint8), or by one that is fixed.
+        Frozen tensors are kept in it. Usually broken by the dtype of packed weights (uint8), or by
+        one that is fixed.
         """
         for kind, layer in self._each():
             dtypes = [kind.dtype(layer)]
@@ -144,9 +153,11 @@ class LayerKindTests:
                 assert y.dtype == dtype, f"dtype tells {dtype}, and the layer gives {y.dtype}"
 
     def test_matmul_is_the_product_with_the_weight(self) -> None:
-        """`matmul` is M Wᵀ for M of any number of rows and any floating-point dtype, in M's dtype, and a constant to gradients.
+        """`matmul` is M Wᵀ for M of any number of rows and any floating-point dtype, in M's dtype,
+        and a constant to gradients.
 
-        Usually broken by W instead of Wᵀ, by the layer's own forward with its bias, or by dtypes that do not mix.
+        Usually broken by W instead of Wᵀ, by the layer's own forward with its bias, or by dtypes
+        that do not mix.
         """
         for kind, layer in self._each():
             w = kind.weight(layer).detach()
@@ -169,7 +180,8 @@ class LayerKindTests:
                 )
 
     def test_reading_writes_nothing(self) -> None:
-        """Asked for everything, a kind changes no bit, flag, attribute or hook of the layer; and asked again, it says the same.
+        """Asked for everything, a kind changes no bit, flag, attribute or hook of the layer; and
+        asked again, it says the same.
 
         Usually broken by dequantising in place, by a cache on the module, or by `.data` of a view.
         """
@@ -183,10 +195,11 @@ class LayerKindTests:
             all_same(self._read(kind, layer), first, "asked again")
 
     def test_enter_and_exit_leave_no_trace(self) -> None:
-        """Between `enter` and `exit` the layer computes x Wᵀ + b as before; after `exit` it is bit for bit what it was.
+        """Between `enter` and `exit` the layer computes x Wᵀ + b as before; after `exit` it is bit
+        for bit what it was.
 
-        Detaching an adapter gives back the very model. Usually broken by an `exit` that forgets an attribute, or by
-        converting a weight and back.
+        Detaching an adapter gives back the very model. Usually broken by an `exit` that forgets an
+        attribute, or by converting a weight and back.
         """
         for kind, layer in self._each():
             before, state = snapshot(layer), _state(layer)
@@ -200,9 +213,11 @@ class LayerKindTests:
                 all_same(_state(layer), state, "the layer's state after exit")
 
     def test_keeps_nothing(self) -> None:
-        """A kind is made without arguments, holds nothing, is equal to any other of its class, and pickles.
+        """A kind is made without arguments, holds nothing, is equal to any other of its class, and
+        pickles.
 
-        Hooks hold it, and copies of a model must not share a layer through it. Usually broken by a cache on `self`.
+        Hooks hold it, and copies of a model must not share a layer through it. Usually broken by a
+        cache on `self`.
         """
         for kind, layer in self._each():
             self._read(kind, layer)
@@ -214,18 +229,18 @@ class LayerKindTests:
             assert hash(again) == hash(kind), f"{kind} and its copy have different hashes"
 
     def test_is_found_and_carries_an_adapter(self) -> None:
-        """The installed entry point finds the kind for its layers, and an adapter that reads all of a site doubles the layer's
-        output; after detach the layer is bit for bit what it was.
+        """The installed entry point finds the kind for its layers, and an adapter that reads all of
+        a site doubles the layer's output; after detach the layer is bit for bit what it was.
 
-        Usually broken by an entry point that is not named after the root package of the layers' class, so that nobody looks
-        there.
+        Usually broken by an entry point that is not named after the root package of the layers'
+        class, so that nobody looks there.
         """
         for kind, layer in self._each():
             package = type(layer).__module__.partition(".")[0]
             found = kind_of(layer)
             assert found == kind, (
-                f"the core finds {found} for {type(layer)}; expected an entry point {package!r} in the group lora_lite.layers "
-                f"that gives {self.kind.__qualname__}"
+                f"the core finds {found} for {type(layer)}; expected an entry point {package!r} in "
+                f"the group lora_lite.layers that gives {self.kind.__qualname__}"
             )
             x = _inputs(kind, layer, 2, 3)
             expected = layer(x).detach() * 2

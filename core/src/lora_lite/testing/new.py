@@ -1,4 +1,4 @@
-"""`lora-lite new`: a package to begin a variant with. It is the folder `template/`, with its names exchanged."""
+"""`lora-lite new`: a package to begin a variant with: the folder `template/`, with other names."""
 
 import re
 from importlib import metadata
@@ -14,7 +14,8 @@ NAME = re.compile(r"(?!lora[-_]lite)[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
 def new(name: str, parent: Path) -> Path:
-    """Write the package of a variant as `parent`/lora-lite-`name`: all of it or nothing. Returns its folder.
+    """Write the package of a variant as `parent`/lora-lite-`name`: all of it or nothing. Returns
+    its folder.
 
     Raises:
         LoraLiteError: the name cannot be used, or the folder cannot be written.
@@ -23,7 +24,8 @@ def new(name: str, parent: Path) -> Path:
     folder = parent / f"lora-lite-{dashed}"
     if not NAME.fullmatch(name) or iskeyword(name):
         raise LoraLiteError(
-            f"{name!r}: expected lower-case words joined by - or _, without lora-lite before them: my-method"
+            f"{name!r}: expected lower-case words joined by - or _, without lora-lite before them: "
+            "my-method"
         )
     if snake in {*variants(), *first_party_variants(), "core", "benchmark"}:
         raise LoraLiteError(
@@ -41,9 +43,8 @@ def new(name: str, parent: Path) -> Path:
 
     with TemporaryDirectory(dir=parent) as temporary:
         for source in TEMPLATE.rglob("*.tmpl"):
-            target = Path(
-                temporary, "made", exchanged(str(source.relative_to(TEMPLATE).with_suffix("")))
-            )
+            place = source.relative_to(TEMPLATE).with_suffix("")
+            target = Path(temporary, "made", exchanged(str(place)))
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(exchanged(source.read_text("utf-8")), "utf-8")
         return Path(temporary, "made").rename(folder)

@@ -1,11 +1,14 @@
-"""A promise: a function that holds a variant to one sentence of the contract, its docstring saying what, why, and what
-usually breaks it. `PROMISES` has them all, in the order of the pages of `lora_lite.testing.promises`.
+"""A promise: a function that holds a variant to one sentence of the contract.
 
-A promise that is added later says `since` which minor version of the core. Throughout that version it only warns those who
-break it, with a `NewPromiseWarning`; from the next one on it fails them.
+Its docstring says what is promised, why, and what usually breaks it. `PROMISES` has them all, in
+the order of the pages of `lora_lite.testing.promises`.
 
-How often, and from where, is set by two environment variables: LORA_LITE_EXAMPLES multiplies the number of drawn cases,
-LORA_LITE_SEED draws others (0 by default: every run draws the same).
+A promise that is added after a release says with `since` which minor version of the core brought
+it. Throughout that version it only warns those who break it, with a `NewPromiseWarning`; from the
+next one on it fails them.
+
+Two environment variables say how much is tried: LORA_LITE_EXAMPLES multiplies the number of drawn
+cases, and LORA_LITE_SEED draws others (0 by default: every run draws the same).
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from typing import Any
 
 import hypothesis
 import torch
-from hypothesis.errors import Unsatisfiable
+from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 
+from lora_lite.author import Variant
 from lora_lite.plugins import variant_class
 from lora_lite.testing.case import Case
+from lora_lite.testing.compare import NoEffectError
 from lora_lite.testing.strategies import Refusal, attempts
-from lora_lite.variant import Variant
 
 Check = Callable[[Case], None]
 Survey = Callable[[type[Variant], Sequence[Case | Refusal]], None]
@@ -37,12 +41,18 @@ PROMISES: dict[str, Promise] = {}
 
 
 class NewPromiseWarning(UserWarning):
-    """A variant breaks a promise that is new in this minor version of the core; from the next one on, its test fails."""
+    """A variant breaks a promise that is new in this minor version of the core.
+
+    From the next minor version on, its test fails.
+    """
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tested: a variant class, and strategies for those of its fields whose constraints say too little."""
+    """What is tested: a variant class, and strategies for some of its fields.
+
+    A field needs a strategy if its type and bounds say too little.
+    """
 
     variant: type[Variant]
     fields: Mapping[str, SearchStrategy[Any]] = field(default_factory=dict)
@@ -55,7 +65,8 @@ class Subject:
         found = variant_class(variant) if isinstance(variant, str) else variant
         if not (isinstance(found, type) and issubclass(found, Variant)) or not found.name:
             raise TypeError(
-                f"variant = {variant!r}: expected an installed variant's name, or a Variant class that has a name"
+                f"variant = {variant!r}: expected the name of an installed variant, or a subclass "
+                "of Variant that has a name"
             )
         return cls(found, fields or {})
 
@@ -73,9 +84,12 @@ class Promise:
         text: what is promised, why, and what usually breaks it.
         examples: how many cases are drawn.
         check: takes one case; or `survey` takes all attempts at once, refusals included.
-        shrink: whether a failing case is made smaller before it is shown (not where one takes seconds).
+        sizes: whether the first and the last drawn case are also checked on a large layer, and on
+            one whose sizes are odd.
+        shrink: whether a failing case is made smaller before it is shown (not where one is slow).
         waivable: whether it may be declared an expected failure.
-        since: the minor version of the core, such as "0.2", that brought it; empty for the first promises.
+        since: the minor version of the core, such as "0.2", that brought it; empty for the first
+            promises.
     """
 
     name: str
@@ -83,15 +97,16 @@ class Promise:
     examples: int
     check: Check | None = None
     survey: Survey | None = None
+    sizes: bool = False
     shrink: bool = True
     waivable: bool = True
     since: str = ""
 
     def is_new(self, core: str | None = None) -> bool:
         """Whether it only warns, with this version of the core (by default, the installed one)."""
-        return bool(self.since) and _minor(core or metadata.version("lora-lite-core")) <= _minor(
-            self.since
-        )
+        if not self.since:
+            return False
+        return _minor(core or metadata.version("lora-lite-core")) <= _minor(self.since)
 
     def run(self, subject: Subject) -> None:
         """Raises whatever breaks the promise, an AssertionError as a rule."""
@@ -99,22 +114,55 @@ class Promise:
             if self.survey is not None:
                 drawn: list[Case | Refusal] = []
                 self._draw(subject, drawn.append)
-                self.survey(subject.variant, drawn)
-            elif self.check is not None:
-                self._draw(subject, self._checked)
+                with torch.random.fork_rng(devices=[]):
+                    self.survey(subject.variant, drawn)
+            else:
+                cases: list[Case] = []
+                self._draw(subject, lambda attempt: self._take(attempt, cases))
+                for case in _other_sizes(cases, subject) if self.sizes else ():
+                    self._hold_and_name(case)
 
-    def _checked(self, attempt: Case | Refusal) -> None:
-        assert self.check is not None
+    def _take(self, attempt: Case | Refusal, cases: list[Case]) -> None:
         if isinstance(attempt, Refusal):
             hypothesis.reject()
+        self._hold(attempt)
+        cases.append(attempt)
+
+    def _hold(self, case: Case) -> None:
+        """Check a case; if something has no effect there, one with more room decides."""
+        assert self.check is not None
         with torch.random.fork_rng(devices=[]):
-            self.check(attempt)
+            try:
+                self.check(case)
+            except NoEffectError:
+                roomier = case.roomier()
+                if roomier is None:
+                    raise
+                try:
+                    self.check(roomier)
+                except NoEffectError:
+                    pass
+                else:
+                    return
+                raise
+
+    def _hold_and_name(self, case: Case) -> None:
+        try:
+            self._hold(case)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"in the {case}")
+            raise
 
     def _draw(self, subject: Subject, take: Callable[[Case | Refusal], None]) -> None:
+        phases = [hypothesis.Phase.generate]
+        if self.shrink:
+            phases.append(hypothesis.Phase.shrink)
+
         @hypothesis.seed(self._seed())
         @hypothesis.settings(
             max_examples=self.examples * int(os.environ.get("LORA_LITE_EXAMPLES", "1")),
-            phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if self.shrink else [])],
+            phases=phases,
             deadline=None,
             database=None,
             derandomize=False,
@@ -133,6 +181,8 @@ class Promise:
                 f"variant {subject.variant.name!r} refused every draw, so nothing was tested; "
                 "see test_fits_most_draws for its reasons"
             ) from None
+        except Flaky as error:
+            raise _state_is_carried(error) from error
 
     def _seed(self) -> int:
         text = f"{os.environ.get('LORA_LITE_SEED', '0')}/{self.name}"
@@ -140,7 +190,10 @@ class Promise:
 
 
 def promise(examples: int, **options: Any) -> Callable[[Check], Check]:
-    """Registers a function of one case as a promise under its own name. The options are attributes of `Promise`."""
+    """Registers a function of one case as a promise under its own name.
+
+    The options are attributes of `Promise`.
+    """
 
     def register(check: Check) -> Check:
         _add(Promise(check.__name__, _text(check), examples, check=check, **options))
@@ -162,6 +215,28 @@ def survey(examples: int, **options: Any) -> Callable[[Survey], Survey]:
 def _add(new: Promise) -> None:
     assert new.name not in PROMISES, new.name
     PROMISES[new.name] = new
+
+
+def _other_sizes(cases: list[Case], subject: Subject) -> Iterator[Case]:
+    """The first and the last case in other sizes. Refined fields keep their values."""
+    for case in dict.fromkeys([*cases[:1], *cases[-1:]]):
+        for other in (case.larger(keep=subject.fields), case.odd(keep=subject.fields)):
+            if other is not None:
+                yield other
+
+
+def _state_is_carried(error: Flaky) -> AssertionError:
+    """The failure that hypothesis saw only once, as an error that says what that means."""
+    seen = [inner for inner in getattr(error, "exceptions", ()) if isinstance(inner, Exception)]
+    first = seen[0] if seen else error
+    carried = AssertionError(
+        f"{type(first).__name__}: {first}\n"
+        "The same case passed when it was tried again: state is carried between calls, on the "
+        "variant, its class or its module"
+    )
+    for note in getattr(first, "__notes__", ()):
+        carried.add_note(note)  # type: ignore[attr-defined]
+    return carried
 
 
 def _text(check: Callable[..., None]) -> str:

@@ -1,4 +1,4 @@
-"""What hypothesis draws: the variant's own fields, from their pydantic constraints, and the situation it is put into."""
+"""What hypothesis draws: a variant's fields, from their constraints, and the layer it is put on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from pydantic.fields import FieldInfo
 
 import lora_lite as ll
+from lora_lite.author import Variant
 from lora_lite.fields import validated
 from lora_lite.testing.case import KINDS, Case
-from lora_lite.variant import Variant
 
 # Small layers: tall, wide and square ones; an odd width among them, the others with many divisors.
 WIDTHS = (4, 5, 8, 12, 16, 24)
@@ -38,11 +38,11 @@ class Refusal:
 def attempts(
     variant: type[Variant], refined: Mapping[str, SearchStrategy[Any]]
 ) -> SearchStrategy[Case | Refusal]:
-    """Cases for a variant, and refusals where it does not take the drawn fields, or does not fit the drawn shape.
+    """Cases for a variant, and refusals where it takes other fields, or does not fit the shape.
 
     Args:
         variant: the class.
-        refined: strategies for some of its fields, in place of those that are derived from their constraints.
+        refined: strategies for some of its fields, in place of those that follow from their types.
     """
     unknown = refined.keys() - variant.model_fields.keys()
     if unknown:
@@ -60,10 +60,9 @@ def attempts(
         d_in, d_out = draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS))
         kind, bias = draw(st.sampled_from(KINDS)), draw(st.booleans())
         dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 999))
+        bias = bias or kind == "Conv1D"
         try:
-            case = Case(
-                validated(variant, values), kind, d_in, d_out, bias or kind == "Conv1D", dtype, seed
-            )
+            case = Case(validated(variant, values), kind, d_in, d_out, bias, dtype, seed)
             case.plan()
         except (ll.FieldError, ll.MisfitError) as error:
             return Refusal(values, (d_in, d_out), str(error))
@@ -73,7 +72,10 @@ def attempts(
 
 
 def field_values(variant: type[Variant], field: str) -> SearchStrategy[Any]:
-    """Values of one field, from its type and bounds: ordinary ones, its default if that is no size, and closed ends."""
+    """Values of one field, from its type and bounds.
+
+    Ordinary ones, the default if that is no size, and the ends that are allowed.
+    """
     info = variant.model_fields[field]
     strategy = _values(info.annotation, info.metadata, info.get_default(call_default_factory=True))
     if strategy is not None:
@@ -87,19 +89,16 @@ def field_values(variant: type[Variant], field: str) -> SearchStrategy[Any]:
 
 
 def varies(variant: type[Variant], field: str) -> bool:
-    """Whether the field's type and bounds allow more than one value that `field_values` knows of."""
+    """Whether a field's type and bounds allow more than one value that `field_values` knows of."""
     info = variant.model_fields[field]
     kinds = _types(info.annotation)
     if kinds == [int]:
         return len(_sizes(_Bounds.of(info.annotation, info.metadata))) > 1
-    choices = (
-        get_args(kinds[0])
-        if get_origin(kinds[0]) is Literal
-        else list(kinds[0])
-        if _is_enum(kinds[0])
-        else []
-    )
-    return len(kinds) > 1 or kinds[0] in (float, bool) or len(choices) > 1
+    if len(kinds) > 1 or kinds[0] in (float, bool):
+        return True
+    if get_origin(kinds[0]) is Literal:
+        return len(get_args(kinds[0])) > 1
+    return _is_enum(kinds[0]) and len(list(kinds[0])) > 1
 
 
 def refused_values(variant: type[Variant], field: str) -> list[Any]:
@@ -128,7 +127,7 @@ class _Bounds:
 
     @classmethod
     def of(cls, annotation: Any, metadata: Iterable[Any]) -> _Bounds:
-        """From the marks that pydantic leaves: objects with an attribute gt, ge, lt, le or multiple_of."""
+        """From the marks that pydantic leaves: objects with gt, ge, lt, le or multiple_of."""
         marks = {}
         for mark in [*_marks(annotation), *metadata]:
             for name in ("gt", "ge", "lt", "le", "multiple_of"):

@@ -10,22 +10,23 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis.strategies import SearchStrategy
 
+from lora_lite.author import Variant
 from lora_lite.testing.promise import NewPromiseWarning, Promise, Subject
 from lora_lite.testing.promises import PROMISES
 from lora_lite.testing.sealed import refuse_replaced
-from lora_lite.variant import Variant
 
 TESTS = {f"test_{name}": promise for name, promise in PROMISES.items()}
 
 
 class VariantTests:
-    """Every promise of the contract, one test each: subclass it as `TestMyVariant`, and set `variant`. Its tests can be neither
-    overridden nor removed; a promise that cannot be kept is declared.
+    """Every promise of the contract, one test each: subclass it, and set `variant`.
+
+    Its tests can be neither overridden nor removed; a promise that cannot be kept is declared.
 
     Attributes:
         variant: an installed variant's name, or a `Variant` class.
-        fields: hypothesis strategies for those fields whose type and bounds say too little. Shapes, dtypes and layer kinds
-            are not a variant's to choose.
+        fields: hypothesis strategies for those fields whose type and bounds say too little. Shapes,
+            dtypes and layer kinds are not a variant's to choose.
         expected_failures: `{"test_name": "reason"}`. Strict: one that passes is a failure.
     """
 
@@ -39,21 +40,20 @@ class VariantTests:
 
 
 def refuse_changes(cls: type[VariantTests]) -> None:
-    """Raises a TypeError where a test is replaced, or a failure declared that cannot be. Asked when a class is made, and again
-    by each of its tests, for the class may have been changed since.
+    """Raises a TypeError if a test is replaced, or a failure declared that cannot be.
+
+    Called when a class is made, and again by each of its tests, for the class may have been changed
+    since.
     """
     refuse_replaced(cls, VariantTests)
+    where = f"{cls.__qualname__}.expected_failures"
     for name, reason in cls.expected_failures.items():
         if name not in TESTS:
-            raise TypeError(f"{cls.__qualname__}.expected_failures: the suite has no test {name!r}")
+            raise TypeError(f"{where}: the suite has no test {name!r}")
         if not TESTS[name].waivable:
-            raise TypeError(
-                f"{cls.__qualname__}.expected_failures: {name!r} cannot be waived; every adapter must keep it"
-            )
+            raise TypeError(f"{where}: {name!r} cannot be waived; every adapter must keep it")
         if not isinstance(reason, str) or not reason.strip():
-            raise TypeError(
-                f"{cls.__qualname__}.expected_failures: {name!r} needs a reason, not {reason!r}"
-            )
+            raise TypeError(f"{where}: {name!r} needs a reason, not {reason!r}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ class Outcome:
 
     @property
     def verdict(self) -> Literal["ok", "broken", "declared", "stale", "new"]:
-        """ok; broken; broken as declared; declared broken, but kept; or broken, and too new a promise to fail for it."""
+        """How it ended.
+
+        "declared" is broken as declared, "stale" declared broken but kept, and "new" broken, but
+        too new a promise to fail for it.
+        """
         if self.error is None:
             return "ok" if self.declared is None else "stale"
         if self.declared is not None:
@@ -92,9 +96,15 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.verdict == "new":
-            return f"a promise since lora-lite-core {self.promise.since}; the next minor version fails here: {self.error}"
+            return (
+                f"a promise since lora-lite-core {self.promise.since}; the next minor version "
+                f"fails here: {self.error}"
+            )
         if self.verdict == "stale":
-            return f"test_{self.promise.name} passes; take it out of expected_failures (there: {self.declared})"
+            return (
+                f"test_{self.promise.name} passes; take it out of expected_failures "
+                f"(there: {self.declared})"
+            )
         return self.declared or str(self.error or "")
 
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import lora_lite as ll
+from lora_lite.author import Observer, Site
 from lora_lite.testing.case import Case
-from lora_lite.testing.compare import same
+from lora_lite.testing.compare import close, finite, same
 from lora_lite.testing.promise import promise
-from lora_lite.variant import Observer
 
 ROWS = 64
 FEW, MANY = 8, 40
 TRIES = 4
+# Between start values from the same rows in other batches. A wrong weight is far larger.
+REGROUPED = 0.1
 
 
-@promise(examples=6)
+@promise(examples=6, sizes=True)
 def every_batch_of_calibration_counts(case: Case) -> None:
-    """Where a variant takes calibration data, its statistics depend on every batch, and no batch is written.
+    """If a variant takes calibration data, its statistics depend on every batch, and on every part
+    of a batch; and no batch is written.
 
-    Usually broken by a sum that is set anew with each batch, by a first batch that is taken for all, or by an in-place
-    operation on x or y, which are the model's own.
+    Usually broken by a sum that is set anew with each batch, by a first batch that is taken for
+    all, by rows that are left out, or by an in-place operation on x or y, which are the model's
+    own.
     """
     if not _observes(case):
         return
@@ -32,21 +38,83 @@ def every_batch_of_calibration_counts(case: Case) -> None:
         assert not all(tries), (
             f"the statistics of three batches are, to the bit, those without batch {left_out}"
         )
+    tries = (_ignores_the_last_rows(case, attempt) for attempt in range(TRIES))
+    assert not all(tries), (
+        f"the statistics of a batch of {_rows(case)} rows are, to the bit, those without its last "
+        "quarter"
+    )
+
+
+@promise(examples=6)
+def calibration_counts_rows_not_batches(case: Case) -> None:
+    """The start values depend on the rows of the calibration data, not on how they are divided into
+    batches.
+
+    The last batch of a data set is smaller than the others. Usually broken by a mean of the
+    batches' means, or by a moving average.
+    """
+    if not _observes(case):
+        return
+    x = case.inputs(8, 16, seed=90)
+    x[0] *= 3  # so that it matters whether this is one batch of two or one sequence of eight
+    whole = case.attach(case.model(), calibration=[x])
+    parts = case.attach(case.model(), calibration=[x[:1], x[1:]])
+    if parts.sites != whole.sites:
+        return  # a near tie between layers
+    expected = whole.state_dict()
+    for name, value in parts.state_dict().items():
+        if value.is_floating_point():
+            what = f"{name}, from the same rows in other batches"
+            close(value, expected[name], what, tolerance=REGROUPED)
+
+
+@promise(examples=4)
+def calibration_takes_any_rows(case: Case) -> None:
+    """An input that is always zero gives finite start values or a `CalibrationError`, and each
+    layer's observer minds its own layer.
+
+    A network may have dead units. Usually broken by a division by a standard deviation, or by one
+    observer that all layers share.
+    """
+    if not _observes(case):
+        return
+    model = case.model()
+    sites = list(case.sites(model).values())
+    observer, other = case.variant.observe(sites[0]), case.variant.observe(sites[1])
+    expected = _observed(case, _batches(case)).result()
+    assert observer is not None
+    assert other is not None
+    with torch.no_grad():
+        for index, x in enumerate(_batches(case)):
+            observer.update(x, model.layer(x))
+            other.update(2 * x + index, model.layer(2 * x + index))
+        for name, value in observer.result().items():
+            what = f"{name}, with another layer's observer at work in between"
+            close(value, expected[name], what, tolerance=1e-3)
+        dead = [x * (torch.arange(case.d_in) != 1) for x in _batches(case)]
+        statistics = _observed(case, dead).result()
+        try:
+            start = _start(case, sites[0], statistics)
+        except ll.CalibrationError:
+            return
+    for name, value in start.items():
+        finite(value, f"the start of {name}, from an input that is always zero")
 
 
 @promise(examples=2)
 def calibration_keeps_no_batch(case: Case) -> None:
     """The memory of an observer does not grow with the number of batches.
 
-    Calibration data may be a hundred thousand tokens at every layer. Usually broken by a list of activations that is worked
-    through in `result`.
+    Calibration data may be a hundred thousand tokens at every layer. Usually broken by a list of
+    activations that is worked through in `result`.
     """
     if not _observes(case):
         return
     kept = {number: _bytes_after(case, number) for number in (FEW, MANY)}
     grown, fed = kept[MANY] - kept[FEW], (MANY - FEW) * ROWS * case.d_in * 4
     assert grown < fed / 2, (
-        f"after {MANY} batches the observer holds {grown:,} bytes more than after {FEW}; x of the batches between had {fed:,}"
+        f"after {MANY} batches the observer holds {grown:,} bytes more than after {FEW}; x of the "
+        f"batches between had {fed:,}"
     )
 
 
@@ -54,15 +122,45 @@ def _observes(case: Case) -> bool:
     return case.variant.observe(case.site(case.model())) is not None
 
 
+def _rows(case: Case) -> int:
+    return 40 * case.tokens
+
+
+def _batches(case: Case) -> list[Tensor]:
+    return [case.inputs(_rows(case), seed=40 + i) for i in range(3)]
+
+
+def _start(case: Case, site: Site, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `init` makes of one layer's statistics."""
+
+    def rng(name: str) -> Any:
+        return torch.Generator().manual_seed(len(name))
+
+    return case.variant.init(site, case.variant.derive(site), statistics, rng)
+
+
 @torch.no_grad()
 def _ignored(case: Case, left_out: int, seed: int) -> bool:
-    """Whether the statistics of three batches stay the same where one of them, of greater activations, is left out."""
-    batches = [case.inputs(ROWS, seed=seed + i) * (3 if i == left_out else 1) for i in range(3)]
-    whole = _observed(case, batches).result()
-    rest = _observed(case, [batch for i, batch in enumerate(batches) if i != left_out]).result()
-    return whole.keys() == rest.keys() and all(
-        torch.equal(rest[name], value) for name, value in whole.items()
-    )
+    """Whether three batches give the same without one of them, which has greater activations."""
+    rows = _rows(case)
+    batches = [case.inputs(rows, seed=seed + i) * (3 if i == left_out else 1) for i in range(3)]
+    rest = [batch for i, batch in enumerate(batches) if i != left_out]
+    return _alike(_observed(case, batches).result(), _observed(case, rest).result())
+
+
+@torch.no_grad()
+def _ignores_the_last_rows(case: Case, seed: int) -> bool:
+    """Whether the last quarter of a batch, of greater activations, makes no difference."""
+    rows = _rows(case)
+    x = case.inputs(rows, seed=60 + seed)
+    x[3 * rows // 4 :] *= 3
+    return _alike(_observed(case, [x]).result(), _observed(case, [x[: 3 * rows // 4]]).result())
+
+
+def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    return all(torch.equal(other[name], value) for name, value in one.items())
 
 
 @torch.no_grad()

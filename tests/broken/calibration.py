@@ -1,7 +1,6 @@
 """Mistakes: calibration."""
 
 import torch
-
 from broken.sound import Rich, Sizes, caught_by
 
 

@@ -2,10 +2,9 @@
 
 from typing import Annotated, Any
 
+from broken.sound import Sound, caught_by
 from lora_lite.author import SiteError
 from pydantic import AfterValidator, ConfigDict
-
-from broken.sound import Sound, caught_by
 
 
 @caught_by("fits_most_draws", r"refuses .* of .* draws")

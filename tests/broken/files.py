@@ -3,10 +3,9 @@
 from typing import ClassVar
 
 import torch
+from broken.sound import Sound, caught_by
 from lora_lite.author import TensorSpec
 from pydantic import PrivateAttr
-
-from broken.sound import Sound, caught_by
 
 
 @caught_by("save_and_load_are_bitwise", r"the output after loading")

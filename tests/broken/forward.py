@@ -4,12 +4,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from broken.sound import Sound, caught_by
 from lora_lite.author import TensorSpec
 from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn.functional import dropout
-
-from broken.sound import Sound, caught_by
 
 
 @caught_by("output_is_of_the_bases_kind", r"float32.* for an activation of (bfloat16|float64)")

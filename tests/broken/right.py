@@ -3,13 +3,12 @@
 from typing import Annotated, ClassVar
 
 import torch
-from lora_lite.author import TensorSpec, Variant
-from pydantic import Field, PositiveInt
-from torch.nn.functional import dropout
-
 from broken.sound import Sound
 from broken.unseen_forward import _ByItself
 from broken.unseen_start import _Gain
+from lora_lite.author import TensorSpec, Variant
+from pydantic import Field, PositiveInt
+from torch.nn.functional import dropout
 
 # The promises that a right variant was once thought to break, or could be.
 RIGHT: list[tuple[type[Variant], str]] = []

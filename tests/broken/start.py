@@ -3,10 +3,9 @@
 from typing import Any, ClassVar
 
 import torch
+from broken.sound import Sound, caught_by
 from lora_lite.author import Site, TensorSpec
 from torch import Tensor
-
-from broken.sound import Sound, caught_by
 
 
 @caught_by("start_matches_identity", r"identity 'exact'")

@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 import torch
-
 from broken.sound import Sound, caught_by
 
 

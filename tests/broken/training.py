@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
+from broken.sound import Rich, Sound, caught_by
 from lora_lite.author import TensorSpec
 from pydantic import PrivateAttr
 from torch import Tensor
-
-from broken.sound import Rich, Sound, caught_by
 
 
 @caught_by("every_parameter_learns_and_nothing_else", r"forgotten got no gradient")

@@ -3,10 +3,9 @@
 from typing import ClassVar
 
 import torch
+from broken.sound import Sound, caught_by
 from lora_lite.author import ScaledVariant, TensorSpec
 from pydantic import PositiveInt, PrivateAttr
-
-from broken.sound import Sound, caught_by
 
 # --- mode and state
 

@@ -4,12 +4,11 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from broken.sound import Sound, caught_by
 from lora_lite.author import TensorSpec
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import dropout
-
-from broken.sound import Sound, caught_by
 
 
 @caught_by("start_matches_identity", r"identity is 'excat'")

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from pydantic import PrivateAttr
-
 from broken.calibration import _Observes
 from broken.sound import Rich, Sizes, Sound, caught_by
+from pydantic import PrivateAttr
 
 
 @caught_by("project_and_penalty_are_sound", r"project writes to .*n.data")

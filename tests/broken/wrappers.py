@@ -3,9 +3,8 @@
 import random
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, PrivateAttr
-
 from broken.sound import Sound, caught_by
+from pydantic import BaseModel, PrivateAttr
 
 
 class _Handle(BaseModel):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lite.arguments import finite_scale, is_number
+from lora_lite.arguments import finite_scale, flag, is_number
 from lora_lite.author_mistakes import calling, checked_macs, checked_penalty, checked_tensors
 from lora_lite.errors import AdapterError, AdapterFileError
 from lora_lite.fileformat import FilePath
@@ -118,7 +118,7 @@ class Adapter:
             if spec.trainable:
                 groups[spec.decay].append(parameter)
         return [
-            {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+            {"params": parameters, "weight_decay": float(weight_decay) if decays else 0.0}
             for decays, parameters in groups.items()
             if parameters
         ]
@@ -175,7 +175,7 @@ class Adapter:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._attached().switch(bool(value))
+        self._attached().switch(flag(value, "enabled"))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -204,7 +204,7 @@ class Adapter:
             yield
         finally:
             state.end_freeze(token)
-        if versions != self._versions():
+        if state.attachments and versions != self._versions():
             raise AdapterError(
                 f"adapter {self.name!r} was changed under frozen(), which is for inference only",
                 adapter=self.name,
@@ -285,7 +285,7 @@ class Adapter:
                 or `derived=False`, and nothing can be derived from the base alone.
             AdapterError: a layer was replaced, or holds only a shard of a tensor.
         """
-        left_out = {} if derived else self._derived()
+        left_out = {} if flag(derived, "derived") else self._derived()
         if not derived and not left_out:
             raise AdapterFileError(
                 f"derived=False: nothing of {self._state.recipe} is derived from the base alone",

@@ -50,12 +50,11 @@ def seed_number(seed: object) -> int:
 def trainable_dtype(dtype: object) -> torch.dtype:
     """A floating-point dtype that optimizers can train, or its name."""
     found = TRAINABLE_DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in TRAINABLE_DTYPES.values():
+    if not isinstance(found, torch.dtype) or found not in TRAINABLE_DTYPES.values():
         raise AdapterError(
             f"dtype={dtype!r} cannot be trained",
             expected=f"The trainable tensors are kept in one of {', '.join(TRAINABLE_DTYPES)}",
         )
-    assert isinstance(found, torch.dtype)
     return found
 
 
@@ -66,23 +65,41 @@ def finite_scale(scale: object) -> float:
     return float(scale)  # type: ignore[arg-type]
 
 
+def flag(value: object, argument: str) -> bool:
+    """True or False, and nothing that merely counts as one of them."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise AdapterError(f"{argument}={value!r} is neither True nor False")
+    return bool(value)
+
+
 def patterns(given: object, argument: str) -> list[re.Pattern[str]]:
     """One or several regular expressions, as text or compiled."""
     if isinstance(given, str | re.Pattern):
         given = [given]
-    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+    expressions = listed(given)
+    if expressions is None:
         raise TargetError(
             f"{argument}={given!r} is neither a regular expression nor a list of them",
             argument=argument,
         )
-    return [pattern(expression, argument) for expression in given]
+    return [pattern(expression, argument) for expression in expressions]
+
+
+def listed(given: object) -> list[Any] | None:
+    """The elements of what is given, if it is a collection of several things."""
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+        return None
+    try:
+        return list(given)
+    except TypeError:  # an array without dimensions
+        return None
 
 
 def pattern(given: object, argument: str) -> re.Pattern[str]:
     """One regular expression, as text or compiled."""
     if isinstance(given, re.Pattern) and isinstance(given.pattern, str):
         return given
-    if given in EVERY_LINEAR_LAYER:
+    if isinstance(given, str) and given in EVERY_LINEAR_LAYER:
         raise TargetError(
             f"{argument}={given!r} is not a regular expression for paths of layers",
             fix="For every linear layer of the repeated blocks, leave targets= out",
@@ -106,11 +123,9 @@ def block_indices(layers: object) -> frozenset[int] | None:
     """One or several indices of repeated blocks; None for all of them."""
     if layers is None:
         return None
-    given = [layers] if is_whole(layers) else layers
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
-        indices = list(given)
-        if indices and all(is_whole(index) for index in indices):
-            return frozenset(int(index) for index in indices)
+    indices = [layers] if is_whole(layers) else listed(layers)
+    if indices and all(is_whole(index) for index in indices):
+        return frozenset(int(index) for index in indices)
     raise TargetError(
         f"layers={layers!r} is not an index of a repeated block, nor several",
         fix="Give whole numbers, counted from 0, such as layers=[0, 1]",

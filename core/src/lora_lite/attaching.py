@@ -37,7 +37,7 @@ from lora_lite.registry import (
     undo,
 )
 from lora_lite.state import flat, not_as_declared, start_values
-from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
+from lora_lite.unfit import refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
 
 
@@ -90,26 +90,28 @@ def attach(
     adapter_name(name)
     dtype = trainable_dtype(dtype)
     root = root_of(model)
-    refuse_wrapped(root)
-    chosen = plan(
-        model,
-        variant,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        overrides=overrides,
-        **fields,
-    )
-    zero = refuse_unfit(root, chosen.placements, name)
-    for each in chosen.recipe.variants:
-        checked_identity(each)
-    modules = {placement.path: placement.module for placement in chosen.placements}
-    state = AdapterState(name, chosen.recipe, seed_number(seed))
-    pass_over_data = Calibration(root, chosen.placements, _states(root).values())
-    check_data(chosen.placements, bool(pass_over_data.observers), calibration)
+    state: AdapterState | None = None
+    pass_over_data: Calibration | None = None
+    modules: dict[str, nn.Module] = {}
     try:
         CHANGING.acquire()
-        refuse_taken_name(root, name)  # no other thread can come between now
+        refuse_wrapped(root)
+        chosen = plan(
+            model,
+            variant,
+            targets=targets,
+            exclude=exclude,
+            layers=layers,
+            overrides=overrides,
+            **fields,
+        )
+        zero = refuse_unfit(root, chosen.placements, name)
+        for each in chosen.recipe.variants:
+            checked_identity(each)
+        modules.update((placement.path, placement.module) for placement in chosen.placements)
+        state = AdapterState(name, chosen.recipe, seed_number(seed))
+        pass_over_data = Calibration(root, chosen.placements, _states(root).values())
+        check_data(chosen.placements, bool(pass_over_data.observers), calibration)
         registry = open_model(root, chosen._layers)
         statistics = pass_over_data.run(calibration)
         placements = _specialized(chosen.placements, statistics)
@@ -121,8 +123,11 @@ def attach(
         CHANGING.release()
         return adapter
     except BaseException:
-        pass_over_data.restore()
-        undo(root, state, modules)
+        if pass_over_data is not None:
+            pass_over_data.restore()
+        if state is not None:
+            undo(root, state, modules)
+        release_changing()
         raise
 
 
@@ -188,7 +193,7 @@ def _states(root: nn.Module) -> dict[str, AdapterState]:
 def _chosen_name(found: Mapping[str, object], name: str | None) -> str:
     if name is None and len(found) == 1:
         return next(iter(found))
-    if name is None or name not in found:
+    if not isinstance(name, str) or name not in found:
         have = ", ".join(sorted(found)) or "none"
         if name is None:
             problem = f"the model has {len(found)} adapters, so one must be named"

@@ -8,24 +8,25 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.arguments import adapter_name, trainable_dtype
+from lora_lite.arguments import adapter_name, flag, listed, trainable_dtype
 from lora_lite.attaching import adapter_of
 from lora_lite.author_mistakes import calling, checked_tensors
-from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
+from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError, MisfitError
 from lora_lite.fileformat import FilePath, dtypes_of, read
 from lora_lite.find import find_layers
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import AdapterState
+from lora_lite.layers import class_name, looks_linear
 from lora_lite.metadata import Configuration, Metadata
 from lora_lite.missing import refuse_missing
 from lora_lite.modules import named_modules, root_of
 from lora_lite.placements import Placement, place
 from lora_lite.plugins import kind_of, variant_class
 from lora_lite.recipe import Recipe
-from lora_lite.registry import CHANGING, install, open_model, undo
+from lora_lite.registry import CHANGING, install, open_model, release_changing, undo
 from lora_lite.rename import Renaming, renamed
 from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
-from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
+from lora_lite.unfit import refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
 from lora_lite.warn import warn
 
@@ -86,43 +87,56 @@ def load(
     # 1. what the file says
     adapter_name(name)
     dtype = None if dtype is None else trainable_dtype(dtype)
+    flag(check_base, "check_base")
     described, tensors = read(path)
     known = list(_mistyped(described, tensors))
     described, tensors = renamed(path, described, tensors, rename)
     variants, tensors = _upgraded(path, described, tensors, _by_name(variant))
 
-    # 2. where it goes
     root = root_of(model)
-    refuse_wrapped(root)
-    placements = _placements(path, root, variants)
-    refuse_unfit(root, placements, name)
-    if check_base:
-        _check_base(path, described, placements)
-
-    # 3. its tensors
-    if not described.derived:
-        tensors = {**tensors, **_derive(path, described, placements)}
-    unpacked = unpack(placements, tensors, known, path=str(path))
-    values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
-    refuse_overflow(flat(values))
-
-    # 4. onto the model
-    recipe = Recipe(_first_of_each_class(variants.values()))
-    state = AdapterState(
-        name, recipe, described.seed, described.scale, described.uses_base, is_loaded=True
-    )
-    modules = {placement.path: placement.module for placement in placements}
+    state: AdapterState | None = None
+    modules: dict[str, nn.Module] = {}
     try:
         CHANGING.acquire()
-        refuse_taken_name(root, name)  # no other thread can come between now
+
+        # 2. where it goes
+        refuse_wrapped(root)
+        placements = _placements(path, root, variants)
+        refuse_unfit(root, placements, name)
+        if check_base:
+            _check_base(path, described, placements)
+
+        # 3. its tensors
+        if not described.derived:
+            tensors = {**tensors, **_derive(path, described, placements)}
+        unpacked = unpack(placements, tensors, known, path=str(path))
+        values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
+        refuse_overflow(flat(values))
+
+        # 4. onto the model
+        modules.update((placement.path, placement.module) for placement in placements)
+        state = _state(name, described, variants)
         open_model(root, find_layers(list(named_modules(root))))
         install(root, state, placements, values)
         adapter = Adapter(root, state, modules)
         CHANGING.release()
         return adapter
     except BaseException:
-        undo(root, state, modules)
+        if state is not None:
+            undo(root, state, modules)
+        release_changing()
         raise
+
+
+def _state(name: str, described: Metadata, variants: Mapping[str, Variant]) -> AdapterState:
+    return AdapterState(
+        name,
+        Recipe(_first_of_each_class(variants.values())),
+        described.seed,
+        described.scale,
+        described.uses_base,
+        is_loaded=True,
+    )
 
 
 # --- 1. what the file says
@@ -141,7 +155,7 @@ def _by_name(classes: Classes) -> dict[str, type[Variant]]:
     if classes is None:
         return {}
     given = [classes] if isinstance(classes, type) else classes
-    found = list(given) if isinstance(given, Iterable) else [given]
+    found = listed(given) or [given]
     for cls in found:
         if not (isinstance(cls, type) and issubclass(cls, Variant)):
             raise FieldError(
@@ -234,10 +248,24 @@ def _placements(
 ) -> tuple[Placement, ...]:
     modules = dict(named_modules(root))
     refuse_missing(path, root, variants, modules)
-    return place(
-        (where, modules[where], kind_of(modules[where]), variant)
-        for where, variant in variants.items()
-    )
+    kinds = {where: kind_of(modules[where]) for where in variants}
+    other = [w for w, kind in kinds.items() if kind is None and not looks_linear(modules[w])]
+    if other:
+        raise AdapterFileError(
+            f"{path} adapts {len(other)} modules that are no linear layers in this model",
+            details=[f"{where!r}: {class_name(modules[where])}" for where in other],
+            fix="Load the model that the adapter was made for",
+            path=str(path),
+        )
+    try:
+        return place((w, modules[w], kinds[w], variant) for w, variant in variants.items())
+    except MisfitError as error:
+        raise AdapterFileError(
+            f"{path} does not fit the layers of this model",
+            details=error.details,
+            fix="Load the model that the adapter was made for",
+            path=str(path),
+        ) from error
 
 
 def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement, ...]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_lite import fileformat
-from lora_lite.errors import LoraLiteError
+from lora_lite.errors import LoraLiteError, printable
 from lora_lite.fields import make_variant
 from lora_lite.metadata import Metadata
 from lora_lite.placements import plan
@@ -177,7 +177,7 @@ def _inspect(options: argparse.Namespace) -> str:
         f"base         {base}",
         *_configuration_lines(described),
     ]
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _configuration_lines(described: Metadata) -> list[str]:
@@ -189,11 +189,6 @@ def _configuration_lines(described: Metadata) -> list[str]:
         lines.append(f"fields       {configuration.fields}")
         lines += [f"  {path}" for path, index in described.sites.items() if index == number]
     return lines
-
-
-def _printable(line: str) -> str:
-    """Without what a terminal would take for a command: a file may hold anything."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 # --- new, conform

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
 
+from lora_lite.arguments import plain_numbers
 from lora_lite.errors import VariantDefinitionError
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ SCALED_METHODS = ("prepare", "delta_input", "delta_output")
 
 class VariantMeta(ModelMetaclass):
     """Makes variant classes; a class that pydantic refuses is a `VariantDefinitionError`."""
+
+    def __call__(cls, /, *args: Any, **fields: Any) -> Any:
+        """An instance; numbers of numpy are taken as Python's."""
+        return super().__call__(*args, **plain_numbers(fields))
 
     def __new__(mcs, class_name: str, /, *args: Any, **kwargs: Any) -> Any:
         try:

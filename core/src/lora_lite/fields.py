@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_lite.arguments import plain_numbers, refuse_fields_beside
+from lora_lite.arguments import refuse_fields_beside
 from lora_lite.errors import FieldError, did_you_mean
 from lora_lite.peft_words import OUR_WAY
 from lora_lite.plugins import variant_class
@@ -45,12 +45,9 @@ def make_variant(variant: object, fields: Mapping[str, Any]) -> Variant:
 
 
 def validated(cls: type[Variant], fields: Mapping[str, Any]) -> Variant:
-    """`cls(**fields)`, with all complaints of pydantic as one `FieldError`.
-
-    Numbers of numpy are taken as Python's.
-    """
+    """`cls(**fields)`, with all complaints of pydantic as one `FieldError`."""
     try:
-        return cls(**plain_numbers(fields))
+        return cls(**fields)
     except ValidationError as error:
         raise _field_error(cls, error) from None
 

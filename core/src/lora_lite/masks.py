@@ -88,7 +88,7 @@ def _tokens(name: str, given: Any, device: torch.device) -> Tensor | None:
         raise CalibrationError(
             f"{name} of a calibration batch cannot be read as a tensor: {error}"
         ) from None
-    kept = _kept(mask)
+    kept = _kept(name, mask)
     if kept.ndim > 2:
         kept = kept.flatten(1, -2).any(1)
     if kept.ndim not in (1, 2) or kept.numel() == 0:
@@ -99,9 +99,16 @@ def _tokens(name: str, given: Any, device: torch.device) -> Tensor | None:
     return kept
 
 
-def _kept(mask: Tensor) -> Tensor:
-    if not mask.is_floating_point():
+def _kept(name: str, mask: Tensor) -> Tensor:
+    if not mask.is_floating_point() and not mask.is_complex():
         return mask != 0
-    if bool((mask < 0).any()) or not bool(mask.any()):
-        return mask > -1  # additive: 0 is added for a token
-    return mask != 0
+    if mask.is_complex() or bool(mask.isnan().any()):
+        raise CalibrationError(f"{name} of a calibration batch has values that are no numbers")
+    if bool(((mask == 0) | (mask == 1)).all()) and bool(mask.any()):
+        return mask == 1
+    if bool((mask <= 0).all()):
+        return mask == 0  # additive: nothing is added for a token
+    raise CalibrationError(
+        f"{name} of a calibration batch has the values {mask.unique()[:3].tolist()}, ...",
+        expected="It is 1 for a token and 0 for none, or additive: 0 for a token, negative for none",
+    )

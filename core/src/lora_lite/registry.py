@@ -187,7 +187,8 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
             _clean(module, state, attachment)
     registry = registry_of(root)
     if registry is not None:
-        registry.adapters.pop(state.name, None)
+        if registry.adapters.get(state.name) is state:
+            del registry.adapters[state.name]
         if not registry.adapters:
             _close_model(root, registry, now)
     state.attachments = {}
@@ -195,13 +196,12 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
 
 
 def undo(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
-    """Take away what an interrupted attach or load has done, and give up its lock.
+    """Take away what an interrupted attach or load has done.
 
     What interrupted it is what the caller shall hear of, and not a layer kind that fails meanwhile.
     """
     with suppress(Exception):
         remove(root, state, modules)
-    release_changing()
 
 
 def _clean(module: nn.Module, state: AdapterState, attachment: Attachment) -> None:

@@ -178,6 +178,8 @@ def _problem(spec: TensorSpec, value: object) -> str:
     """What is wrong with one value, or ""."""
     if not isinstance(value, Tensor):
         return f"{value!r} is not a tensor"
+    if value.is_meta:
+        return "is on the meta device, so it has no values"
     if tuple(value.shape) != spec.shape:
         return f"shape {list(value.shape)}, expected {list(spec.shape)}"
     floating = spec.dtype is None or spec.dtype.is_floating_point

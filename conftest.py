@@ -1,17 +1,22 @@
-"""Fixtures shared by the tests of every package: tiny models made in code, and a guard that a model is untouched."""
+"""Fixtures shared by the tests of every package: tiny models, and guards around them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -37,7 +42,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A model of plain torch: `stem`, repeated `blocks.<i>.up` and `blocks.<i>.down`, and `lm_head`."""
+    """A model of plain torch: `stem`, `blocks.<i>.up` and `blocks.<i>.down`, and `lm_head`."""
 
     def __init__(self, depth: int = 2, width: int = 8, hidden: int = 12) -> None:
         super().__init__()
@@ -98,7 +103,10 @@ def tiny_llama() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def tiny_gpt2() -> Callable[..., nn.Module]:
-    """Makes GPT-2 models of transformers (their layers are `Conv1D`), two layers of width 16, with fixed weights."""
+    """Makes GPT-2 models of transformers, two layers of width 16, with fixed weights.
+
+    Their linear layers are `Conv1D`.
+    """
 
     def make() -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -122,7 +130,7 @@ def tiny_gpt2() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """A context in which a model must not change: no bit of its state, no flag, no hook, no attribute."""
+    """A context in which a model must not change: no bit, no flag, no hook, no attribute."""
 
     @contextmanager
     def guard(model: nn.Module) -> Iterator[None]:
@@ -137,6 +145,61 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
             assert same, f"{key} changed: {value} -> {after[key]}"
 
     return guard
+
+
+@pytest.fixture
+def refused(
+    untouched: Callable[[nn.Module], AbstractContextManager[None]],
+) -> Callable[..., AbstractContextManager[Any]]:
+    """A context in which one error must be raised, and a model must not change.
+
+    The error is of exactly this class and has these fields. `says` lists what a reader must find in
+    its message: names and values, not sentences, which may be worded better some day.
+    """
+
+    @contextmanager
+    def guard(
+        model: nn.Module | None, error: type[Exception], says: tuple[str, ...] = (), **fields: Any
+    ) -> Iterator[Any]:
+        with ExitStack() as stack:
+            if model is not None:
+                stack.enter_context(untouched(model))
+            caught = stack.enter_context(pytest.raises(error))
+            yield caught
+        assert type(caught.value) is error, repr(caught.value)
+        told = {name: _plain(getattr(caught.value, name)) for name in fields}
+        assert told == {name: _plain(value) for name, value in fields.items()}
+        for text in says:
+            assert text in str(caught.value), f"{text!r} is not in: {caught.value}"
+
+    return guard
+
+
+@pytest.fixture(scope="session")
+def rewrite() -> Callable[..., None]:
+    """Changes the tensors and the metadata of an adapter's file, and gives it the digest of both.
+
+    So what is found wrong afterwards is found by looking at the contents, not by the digest.
+    """
+
+    def change_file(
+        path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]
+    ) -> None:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            header = json.loads(file.metadata()["lora_lite"])
+        change(tensors, header)
+        zeros = "0" * 64
+        data = save(tensors, {"lora_lite": json.dumps(header), "lora_lite_digest": zeros})
+        digest = hashlib.sha256(data).hexdigest()
+        path.write_bytes(data.replace(zeros.encode(), digest.encode(), 1))
+
+    return change_file
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike."""
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -56,8 +56,10 @@ def theirs() -> type[Theirs]:
 def equals_peft(
     request: pytest.FixtureRequest, biased_llama: Callable[..., nn.Module]
 ) -> Callable[..., None]:
-    """Asserts that the same tensors give PEFT's logits and PEFT's gradients, on projections with and without bias: relative to
-    the largest logit, and to the largest gradient of tensors of one name.
+    """Asserts that the same tensors give PEFT's logits and gradients, with and without bias.
+
+    Differences are relative to the largest logit, and to the largest gradient of tensors of one
+    name.
     """
     peft = pytest.importorskip("peft")
     dtype: torch.dtype = request.param
@@ -116,7 +118,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _fill(
     adapter: ll.Adapter, theirs: nn.Module, tensors: Mapping[str, Theirs], noise: float
 ) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Draw our parameters, give PEFT the same, and pair them: (name of the tensor, ours, theirs) of every site."""
+    """Draw our parameters, give PEFT the same, and pair them: (tensor, ours, theirs)."""
     named, state = dict(theirs.named_parameters()), adapter.state_dict()
     rng = torch.Generator().manual_seed(1)
     pairs = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,16 +9,18 @@ from typing import Any
 
 import lora_lite as ll
 import pytest
-import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_lite.author import Rng, Site, Tensors, TensorSpec, Variant, VariantContractError
 from lora_lite_antipasto import AntiPaSTO
 from lora_lite_lora import LoRA
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+Refused = Callable[..., AbstractContextManager[Any]]
+Rewrite = Callable[..., None]
 Make = Callable[..., nn.Module]
 
 
@@ -28,190 +28,169 @@ Make = Callable[..., nn.Module]
 
 
 @pytest.mark.parametrize(
-    ("variant", "complaint"),
+    ("variant", "says"),
     [
-        ("no_such_method", r"there is no variant 'no_such_method' \(installed: .*antipasto.*lora"),
-        ("antipato", r"there is no variant 'antipato'; did you mean 'antipasto'"),
-        ("lroa", r"there is no variant 'lroa'; did you mean .*'lora'"),
-        ("LoRA", r"there is no variant 'LoRA'"),
-        ("", r"there is no variant ''"),
-        ("x; rm -rf /", r"there is no variant 'x; rm -rf /' \("),
+        ("no_such_method", ("'no_such_method'", "antipasto", "lora")),
+        ("antipato", ("'antipato'", "Did you mean 'antipasto'")),
+        ("lroa", ("'lroa'", "Did you mean", "'lora'")),
+        ("LoRA", ("'LoRA'",)),
+        ("", ("''",)),
+        ("x; rm -rf /", ("'x; rm -rf /'",)),
     ],
 )
-def test_unknown_variant(blocks: Make, untouched: Untouched, variant: str, complaint: str) -> None:
-    """A name that nothing provides is said to be unknown, with near names, and never turned into a pip command."""
+def test_unknown_variant(
+    blocks: Make, refused: Refused, variant: str, says: tuple[str, ...]
+) -> None:
+    """A name that nothing provides is called unknown, with near names, and is in no pip command."""
     model = blocks()
     for function in (ll.attach, ll.plan):
-        with untouched(model), pytest.raises(ll.UnknownVariantError, match=complaint) as caught:
+        with refused(
+            model, ll.UnknownVariantError, says, plugin=variant, distributions=()
+        ) as caught:
             function(model, variant)
         assert "pip install" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("given_fields", "wrong", "says"),
     [
-        (
-            {"rr": 4},
-            r"variant 'lora': there is no field 'rr'; did you mean 'r'\? \(its fields are r, alpha, rslora, dropout\)",
-        ),
-        ({"dropuot": 0.1}, r"there is no field 'dropuot'; did you mean 'dropout'"),
-        ({"r": 0}, r"variant 'lora': r=0: .*greater than 0"),
-        ({"r": 4.0, "alfa": 1.0}, r"r=4\.0.*there is no field 'alfa'; did you mean 'alpha'"),
-        ({"target": "up"}, r"there is no field 'target'"),
+        ({"rr": 4}, ("rr",), ("Did you mean 'r'", "r, alpha, rslora, dropout")),
+        ({"dropuot": 0.1}, ("dropuot",), ("Did you mean 'dropout'",)),
+        ({"r": 0}, ("r",), ("r=0", "greater than 0")),
+        ({"r": 4.0, "alfa": 1.0}, ("r", "alfa"), ("r=4.0", "Did you mean 'alpha'")),
+        ({"target": "up"}, ("target",), ("'target'",)),
     ],
 )
 def test_unknown_or_invalid_field(
-    blocks: Make, untouched: Untouched, fields: dict[str, Any], complaint: str
+    blocks: Make,
+    refused: Refused,
+    given_fields: dict[str, Any],
+    wrong: tuple[str, ...],
+    says: tuple[str, ...],
 ) -> None:
-    """The error names variant, field, value and near field, all complaints in one message."""
+    """The error names variant, fields, values and near fields, all complaints in one message."""
     model = blocks()
     for function in (ll.attach, ll.plan):
-        with untouched(model), pytest.raises(ll.FieldError, match=complaint):
-            function(model, "lora", **fields)
+        with refused(model, ll.FieldError, ("'lora'", *says), variant="lora", fields=wrong):
+            function(model, "lora", **given_fields)
 
 
 @pytest.mark.parametrize(
-    ("variant", "fields", "complaint"),
-    [
-        (LoRA(), {"r": 4}, "already made: put r into it"),
-        (LoRA, {}, "a variant is a name or an instance"),
-        (None, {}, "a variant is a name or an instance"),
-    ],
+    ("variant", "fields", "wrong"),
+    [(LoRA(), {"r": 4}, ("r",)), (LoRA, {}, ()), (None, {}, ()), (3, {}, ())],
 )
 def test_neither_name_nor_instance(
-    blocks: Make, untouched: Untouched, variant: Any, fields: Any, complaint: str
+    blocks: Make, refused: Refused, variant: Any, fields: Any, wrong: tuple[str, ...]
 ) -> None:
     """Fields beside an instance, a class for an instance, or nothing of both: said in words."""
     model = blocks()
-    with untouched(model), pytest.raises(ll.FieldError, match=complaint):
+    with refused(model, ll.FieldError, (str(variant),), fields=wrong):
         ll.attach(model, variant, **fields)
 
 
-def test_rank_larger_than_the_layer(blocks: Make, untouched: Untouched) -> None:
-    """All sites that do not fit are listed together, each with its shape and the largest possible rank."""
+def test_rank_larger_than_the_layer(blocks: Make, refused: Refused) -> None:
+    """All layers that do not fit are listed, each with its shape and the largest possible rank."""
     model = blocks()
+    layers = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
+    says = ("4 of 4 layers", "blocks.0.up (8 -> 12)", "lora: r: 9", "largest possible is 8")
     for function in (ll.attach, ll.plan):
-        with untouched(model), pytest.raises(ll.MisfitError) as caught:
+        with refused(model, ll.MisfitError, says, layers=layers):
             function(model, "lora", r=9)
-        told = str(caught.value)
-        assert "does not fit 4 of 4 sites" in told
-        assert (
-            "blocks.0.up (8 -> 12): lora: r: 9 is larger than this layer allows; the largest possible is 8"
-            in told
-        )
-        assert "blocks.1.down (12 -> 8)" in told
 
 
 @pytest.mark.parametrize(
-    ("targets", "complaint"),
+    ("targets", "argument", "says"),
     [
-        (
-            r"upp$",
-            r"targets: 'upp\$' matches no linear layer; did you mean 'up'\?\nThe linear layers to choose from:",
-        ),
-        (
-            [r"up$", r"nothing"],
-            r"targets: 'nothing' matches no linear layer\n(?s:.*)up x 2\n  down x 2\n  lm_head x 1",
-        ),
-        (r"up$|(", r"targets=.*not a regular expression"),
-        ((), r"targets=\(\) chooses no layer"),
-        ([3], r"targets=\[3\]: not a regular expression"),
-        (
-            r"lm_head",
-            r"exclude \(by default the output head\) takes away all.*exclude=\(\).*:\n  lm_head",
-        ),
-        ([r"up$", r"lm_head"], r"takes away all that a pattern of targets= matches.*:\n  lm_head"),
+        (r"upp$", "targets", ("targets='upp$'", "Did you mean 'up'")),
+        ([r"up$", r"nothing"], "targets", ("'nothing'", "up x 2", "down x 2", "lm_head x 1")),
+        (r"up$|(", "targets", ("targets='up$|('", "not a regular expression")),
+        ((), "targets", ("targets=()",)),
+        ([3], "targets", ("targets=3", "int")),
+        (r"lm_head", "exclude", ("targets='lm_head'", "output head", "exclude=()")),
+        ([r"up$", r"lm_head"], "exclude", ("targets='lm_head'", "exclude=()")),
     ],
 )
 def test_pattern_without_match(
-    blocks: Make, untouched: Untouched, targets: Any, complaint: str
+    blocks: Make, refused: Refused, targets: Any, argument: str, says: tuple[str, ...]
 ) -> None:
-    """A pattern that chooses nothing is an error, also beside one that does; near names and the model's layers are shown."""
+    """A pattern that chooses nothing is an error, also beside one that does.
+
+    Near names and the model's layers are shown; what the default exclusion takes away is named.
+    """
     model = blocks()
+    layers = ("lm_head",) if argument == "exclude" else ()
     for function in (ll.attach, ll.plan):
-        with untouched(model), pytest.raises(ll.TargetError, match=complaint):
+        with refused(model, ll.TargetError, says, argument=argument, layers=layers):
             function(model, "lora", targets=targets)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "wrong", "says"),
     [
-        ({"layers": 2}, r"layers=\[2\]: the model has repeated blocks 0 to 1"),
-        ({"layers": [0, -1]}, r"layers=\[-1, 0\]: the model has repeated blocks 0 to 1"),
-        ({"layers": []}, r"layers=\[\]"),
-        ({"layers": 0, "targets": "stem"}, r"0 of the chosen layers lie in those"),
-        ({"exclude": "upp"}, r"exclude: 'upp' matches no linear layer; did you mean 'up'"),
-        ({"overrides": {"stem": {"r": 2}}}, r"overrides: 'stem' matches no linear layer"),
-        ({"overrides": {"(": {"r": 2}}}, r"overrides='\(': not a regular expression"),
+        ({"layers": 2}, "layers", ("layers=[2]", "0 to 1")),
+        ({"layers": [0, -1]}, "layers", ("layers=[-1, 0]", "0 to 1")),
+        ({"layers": []}, "layers", ("layers=[]",)),
+        ({"layers": 0, "targets": "stem"}, "layers", ("layers=[0]", "targets='stem'")),
+        ({"exclude": "upp"}, "exclude", ("exclude='upp'", "Did you mean 'up'")),
+        ({"overrides": {"stem": {"r": 2}}}, "overrides", ("overrides='stem'", "up x 2")),
+        ({"overrides": {"(": {"r": 2}}}, "overrides", ("overrides='('",)),
     ],
 )
 def test_bad_choice_of_layers(
-    blocks: Make, untouched: Untouched, arguments: dict[str, Any], complaint: str
+    blocks: Make, refused: Refused, arguments: dict[str, Any], wrong: str, says: tuple[str, ...]
 ) -> None:
-    """Indices out of range, exclusions and overrides that match nothing: each says what there is."""
+    """Indices out of range, exclusions and overrides without a match: each says what there is."""
     model = blocks()
-    with untouched(model), pytest.raises(ll.TargetError, match=complaint):
+    with refused(model, ll.TargetError, says, argument=wrong):
         ll.attach(model, "lora", **arguments)
 
 
-def test_bad_override_field(blocks: Make, untouched: Untouched) -> None:
+def test_bad_override_field(blocks: Make, refused: Refused) -> None:
     """A misspelt field in overrides is an error like any other."""
     model = blocks()
-    with untouched(model), pytest.raises(ll.FieldError, match="'lora': there is no field 'rank'"):
+    with refused(model, ll.FieldError, variant="lora", fields=("rank",)):
         ll.attach(model, "lora", overrides={"up": {"rank": 2}})
 
 
 @pytest.mark.parametrize("name", ["", "my adapter", "a.b", "1st", "a/b"])
-def test_bad_adapter_name(blocks: Make, untouched: Untouched, name: str) -> None:
+def test_bad_adapter_name(blocks: Make, refused: Refused, name: str) -> None:
     """An adapter's name becomes part of attribute names: what cannot is refused."""
     model = blocks()
-    with (
-        untouched(model),
-        pytest.raises(ll.AdapterError, match=rf"name={re.escape(repr(name))}: .*letters"),
-    ):
+    with refused(model, ll.AdapterError, (f"name={name!r}", "letters")):
         ll.attach(model, "lora", r=2, name=name)
 
 
-def test_name_in_use(blocks: Make, untouched: Untouched, tmp_path: Path) -> None:
-    """A second adapter of the same name is refused, by attach and load, and the first goes on working."""
+def test_name_in_use(blocks: Make, refused: Refused, tmp_path: Path) -> None:
+    """A second adapter of the same name is refused, and the first goes on working."""
     model = blocks()
     ll.attach(model, "lora", r=2, name="a").save(tmp_path / "a.safetensors")
-    with (
-        untouched(model),
-        pytest.raises(ll.AdapterError, match=r"'a' is attached already.*in use: a\)"),
-    ):
+    with refused(model, ll.AdapterError, ("'a'", "In use: a"), adapter="a"):
         ll.attach(model, "lora", r=2, name="a")
-    with untouched(model), pytest.raises(ll.AdapterError, match=r"'a' is attached already"):
+    with refused(model, ll.AdapterError, ("'a'",), adapter="a"):
         ll.load(model, tmp_path / "a.safetensors", name="a")
     model.blocks[0].up.lora_b_A = 3  # something of the user's own
-    with (
-        untouched(model),
-        pytest.raises(ll.AdapterError, match=r"blocks\.0\.up has an attribute 'lora_b_A' already"),
-    ):
+    with refused(model, ll.AdapterError, ("'lora_b_A'",), layer="blocks.0.up"):
         ll.attach(model, "lora", r=2, name="b")
 
 
-def test_models_that_cannot_carry_an_adapter(blocks: Make, untouched: Untouched) -> None:
-    """Not a module, no linear layer, no repeated block, weights on the meta device, an integer dtype: each is said."""
-    with pytest.raises(ll.AdapterError, match=r"expected a torch\.nn\.Module, got dict"):
+def test_models_that_cannot_carry_an_adapter(blocks: Make, refused: Refused) -> None:
+    """Not a module, no linear layer, no repeated block, the meta device, an integer dtype."""
+    with refused(None, ll.AdapterError, ("dict", "torch.nn.Module")):
         ll.attach({}, "lora")  # type: ignore[arg-type]
-    with pytest.raises(ll.TargetError, match="ReLU has no linear layer"):
-        ll.attach(nn.ReLU(), "lora")
-    with pytest.raises(
-        ll.TargetError,
-        match=r"no repeated blocks .*give targets=\. The linear layers to choose from:\n  0 x 1",
-    ):
-        ll.attach(nn.Sequential(nn.Linear(3, 3)), "lora")
+    relu = nn.ReLU()
+    with refused(relu, ll.TargetError, ("ReLU", "no linear layer"), argument="targets"):
+        ll.attach(relu, "lora")
+    flat = nn.Sequential(nn.Linear(3, 3))
+    says = ("no repeated blocks", "0 x 1", "targets=")
+    with refused(flat, ll.TargetError, says, argument="targets"):
+        ll.attach(flat, "lora")
     with torch.device("meta"):
         empty = blocks()
-    with pytest.raises(ll.AdapterError, match=r"blocks\.0\.up is on the meta device"):
+    with refused(None, ll.AdapterError, ("meta device",), layer="blocks.0.up"):
         ll.attach(empty, "lora", r=2)
     assert not any("lora" in key for key in empty.state_dict())
     model = blocks()
-    with (
-        untouched(model),
-        pytest.raises(ll.AdapterError, match=r"dtype=torch\.int8: .* floating-point"),
-    ):
+    with refused(model, ll.AdapterError, ("dtype=torch.int8", "float32")):
         ll.attach(model, "lora", r=2, dtype=torch.int8)
 
 
@@ -219,48 +198,43 @@ def test_models_that_cannot_carry_an_adapter(blocks: Make, untouched: Untouched)
 
 
 @pytest.mark.parametrize(
-    ("fields", "calibration", "complaint"),
+    ("fields", "calibration", "batch", "says"),
     [
-        (
-            {},
-            [torch.randn(4, 8)],
-            r"antipasto needs no calibration data with these fields; leave calibration= out",
-        ),
-        ({"select": "activation"}, None, r"needs calibration data: give calibration="),
-        ({"select": "activation"}, [], r"calibration= is empty"),
+        ({}, [torch.randn(4, 8)], None, ("antipasto needs no calibration data",)),
+        ({"select": "activation"}, None, None, ("antipasto needs", "calibration=")),
+        ({"select": "activation"}, [], None, ("calibration= is empty",)),
         (
             {"select": "activation"},
             [torch.randn(9, 8), torch.randn(9, 5)],
-            r"rejects calibration batch 1 \(float32\[9, 5\]\)",
+            1,
+            ("batch 1 (float32[9, 5])", "RuntimeError"),
         ),
         (
             {"select": "activation"},
             [{"y": torch.randn(2, 3)}],
-            r"batch 0 \(y: float32\[2, 3\]\): TypeError: .*'y'",
+            0,
+            ("batch 0 (y: float32[2, 3])", "TypeError", "'y'"),
         ),
-        (
-            {"select": "activation"},
-            {"x": torch.randn(9, 8)},
-            r"expected an iterable of model inputs.*; of one batch, \[batch\]",
-        ),
-        (
-            {"select": "activation"},
-            torch.randn(9, 8),
-            r"expected an iterable of model inputs.*; of one batch, \[batch\]",
-        ),
-        ({"select": "activation"}, 3, r"calibration= is int: expected an iterable of model inputs"),
+        ({"select": "activation"}, {"x": torch.randn(9, 8)}, None, ("x: float32[9, 8]", "[batch]")),
+        ({"select": "activation"}, torch.randn(9, 8), None, ("float32[9, 8]", "[batch]")),
+        ({"select": "activation"}, 3, None, ("calibration= is int", "DataLoader")),
     ],
 )
 def test_bad_calibration(
-    blocks: Make, untouched: Untouched, fields: Any, calibration: Any, complaint: str
+    blocks: Make,
+    refused: Refused,
+    fields: Any,
+    calibration: Any,
+    batch: int | None,
+    says: tuple[str, ...],
 ) -> None:
-    """Missing, superfluous, empty, rejected by the model, or one batch where several are asked for."""
+    """Missing, superfluous, empty, rejected by the model, or one batch instead of several."""
     model = blocks()
-    with untouched(model), pytest.raises(ll.CalibrationError, match=complaint):
+    with refused(model, ll.CalibrationError, says, batch=batch):
         ll.attach(model, AntiPaSTO(r=4, **fields), calibration=calibration)
 
 
-def test_site_never_called_in_calibration(untouched: Untouched) -> None:
+def test_site_never_called_in_calibration(refused: Refused) -> None:
     """A layer that the data never reaches has no statistics: it is named."""
 
     class Skipping(nn.Module):
@@ -273,35 +247,32 @@ def test_site_never_called_in_calibration(untouched: Untouched) -> None:
             return out
 
     model = Skipping()
-    with (
-        untouched(model),
-        pytest.raises(ll.CalibrationError, match=r"never called during calibration:\n  layers\.1"),
-    ):
+    with refused(model, ll.CalibrationError, ("layers.1",), layers=("layers.1",)):
         ll.attach(model, AntiPaSTO(r=4, select="activation"), calibration=[torch.randn(9, 8)])
 
 
 # --- an exception in the middle
 
 
-class Failing(ll.Variant, name="failing"):
+class Failing(Variant, name="failing"):
     """Fails at the layer whose shapes are 12 -> 8."""
 
     stage: str
 
-    def _fail(self, site: ll.Site, stage: str) -> None:
+    def _fail(self, site: Site, stage: str) -> None:
         if self.stage == stage and site.d_in == 12:
             raise ZeroDivisionError(stage)
 
-    def tensors(self, site: ll.Site) -> dict[str, ll.TensorSpec]:
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
         self._fail(site, "tensors")
-        return {"A": ll.TensorSpec((site.d_out,))}
+        return {"A": TensorSpec((site.d_out,))}
 
-    def derive(self, site: ll.Site) -> dict[str, Tensor]:
+    def derive(self, site: Site) -> dict[str, Tensor]:
         self._fail(site, "derive")
         return {}
 
     def init(
-        self, site: ll.Site, derived: ll.Tensors, statistics: ll.Tensors, rng: ll.Rng
+        self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
     ) -> dict[str, Tensor]:
         self._fail(site, "init")
         values = {"A": torch.zeros(site.d_out)}
@@ -315,7 +286,7 @@ class Failing(ll.Variant, name="failing"):
             "nan": {"A": torch.full((site.d_out,), torch.nan)},
         }.get(self.stage, values)
 
-    def delta_output(self, site: ll.Site, t: ll.Tensors, x: Tensor, y: Tensor) -> Tensor:
+    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         return t["A"] * y
 
 
@@ -328,27 +299,22 @@ def test_exception_in_a_variant(blocks: Make, untouched: Untouched, stage: str) 
 
 
 @pytest.mark.parametrize(
-    ("stage", "complaint"),
+    ("stage", "says"),
     [
-        ("missing", r"A: missing, expected \[8\]"),
-        ("extra", r"B: extra, not declared \(declared: A\)"),
-        ("shape", r"A: shape \[3\], expected \[8\]"),
-        ("kind", r"A: dtype torch\.int64, expected a floating-point dtype"),
-        ("nan", r"A: has values that are not finite"),
+        ("missing", ("A: missing", "[8]")),
+        ("extra", ("B: extra", "declared: A")),
+        ("shape", ("A: shape [3]", "[8]")),
+        ("kind", ("A: dtype torch.int64", "floating-point")),
+        ("nan", ("A: has values that are not finite",)),
     ],
 )
 def test_variant_that_breaks_its_word(
-    blocks: Make, untouched: Untouched, stage: str, complaint: str
+    blocks: Make, refused: Refused, stage: str, says: tuple[str, ...]
 ) -> None:
-    """Start values other than declared are named with the variant, the layer and what was declared."""
+    """Start values other than declared are named with variant, layer and declaration."""
     model = blocks()
-    with (
-        untouched(model),
-        pytest.raises(
-            ll.VariantContractError,
-            match=rf"'failing' at blocks\.0\.down does not give.*\n  {complaint}",
-        ),
-    ):
+    fields = {"variant": "failing", "layer": "blocks.0.down"}
+    with refused(model, VariantContractError, says, **fields):
         ll.attach(model, Failing(stage=stage))
 
 
@@ -386,15 +352,6 @@ def file(blocks: Make, tmp_path: Path) -> Path:
     path = tmp_path / "adapter.safetensors"
     ll.attach(blocks(), "lora", r=2).save(path)
     return path
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
-    """Change a file's tensors and metadata."""
-    with safetensors.safe_open(path, framework="pt") as opened:
-        tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-        header = json.loads(opened.metadata()["lora_lite"])
-    change(tensors, header)
-    save_file(tensors, path, {"lora_lite": json.dumps(header)})
 
 
 def _nan(t: dict[str, Tensor], _: Any) -> None:
@@ -438,19 +395,29 @@ def _newer(_: Any, h: dict[str, Any]) -> None:
 
 
 def _newer_variant(_: Any, h: dict[str, Any]) -> None:
-    h["variant_format"] = 7
+    h["configurations"][0]["variant_format"] = 7
 
 
 def _not_installed(_: Any, h: dict[str, Any]) -> None:
-    h.update(variant="dreamt_up", provider="lora-lite-dreams 1.2")
+    h["configurations"][0].update(variant="dreamt_up", provider="lora-lite-dreams 1.2")
+
+
+def _of_its_own(h: dict[str, Any], path: str, fields: str) -> None:
+    """Give one layer a configuration of its own."""
+    h["configurations"].append({**h["configurations"][0], "fields": fields})
+    h["sites"][path] = len(h["configurations"]) - 1
 
 
 def _bad_field(_: Any, h: dict[str, Any]) -> None:
-    h["sites"]["blocks.0.up"] = '{"r": 2, "ranks": 3}'
+    _of_its_own(h, "blocks.0.up", '{"r": 2, "ranks": 3}')
 
 
 def _rank_too_large(_: Any, h: dict[str, Any]) -> None:
-    h["sites"]["blocks.0.up"] = '{"r": 200}'
+    _of_its_own(h, "blocks.0.up", '{"r": 200}')
+
+
+def _no_configuration(_: Any, h: dict[str, Any]) -> None:
+    h["sites"]["blocks.0.up"] = 5
 
 
 def _no_such_site(_: Any, h: dict[str, Any]) -> None:
@@ -465,72 +432,78 @@ def _damaged(_: Any, h: dict[str, Any]) -> None:
     h["sites"] = 3
 
 
-FILES = [
+def _wrong(*tensors: str) -> dict[str, Any]:
+    return {"tensors": tensors}
+
+
+# what is changed, the error, its fields, and what it must say
+FILES: list[tuple[Any, type[Exception], dict[str, Any], tuple[str, ...]]] = [
+    (_nan, ll.AdapterFileError, _wrong("blocks.1.up.A"), ("not finite",)),
+    (_inf, ll.AdapterFileError, _wrong("blocks.1.up.B"), ("not finite",)),
+    (_missing, ll.AdapterFileError, _wrong("blocks.0.down.B"), ("missing", "[8, 2]")),
+    (_extra, ll.AdapterFileError, _wrong("blocks.0.down.C"), ("extra",)),
+    (_extra_site, ll.AdapterFileError, _wrong("elsewhere.A"), ("extra",)),
+    (_reshaped, ll.AdapterFileError, _wrong("blocks.0.up.A"), ("[8, 2]", "[2, 8]")),
     (
-        _nan,
+        _renamed,
         ll.AdapterFileError,
-        r"1 tensors do not fit.*\n  blocks\.1\.up\.A: has values that are not finite",
+        _wrong("blocks.0.up.a", "blocks.0.up.A"),
+        ("A: missing", "a: extra"),
     ),
-    (_inf, ll.AdapterFileError, r"blocks\.1\.up\.B: has values that are not finite"),
-    (_missing, ll.AdapterFileError, r"blocks\.0\.down\.B: missing, expected \[8, 2\]"),
-    (_extra, ll.AdapterFileError, r"blocks\.0\.down\.C: extra"),
-    (_extra_site, ll.AdapterFileError, r"elsewhere\.A: extra \(no such site\)"),
-    (_reshaped, ll.AdapterFileError, r"blocks\.0\.up\.A: shape \[8, 2\], expected \[2, 8\]"),
-    (_renamed, ll.AdapterFileError, r"(?s)blocks\.0\.up\.A: missing.*blocks\.0\.up\.a: extra"),
-    (
-        _retyped,
-        ll.AdapterFileError,
-        r"blocks\.0\.up\.A: dtype torch\.float16, expected as saved: A float32",
-    ),
-    (_integers, ll.AdapterFileError, r"blocks\.0\.up\.A: dtype torch\.int64"),
-    (
-        _newer,
-        ll.AdapterFileError,
-        r"file format 99, written by lora-lite-core 9\.9; this one reads up to 1\. pip install --upg",
-    ),
-    (_newer_variant, ll.AdapterFileError, r"format 7 of variant 'lora'.*reads up to 1"),
-    (_not_installed, ll.UnknownVariantError, r"there is no variant 'dreamt_up'"),
-    (_bad_field, ll.AdapterFileError, r"variant 'lora' refuses"),
-    (_rank_too_large, ll.MisfitError, r"200 is larger than this layer allows"),
-    (
-        _no_such_site,
-        ll.AdapterFileError,
-        r"1 of which Blocks does not have.*\n  blocks\.0\.upp; did you mean 'blocks\.0\.up'",
-    ),
-    (_no_site, ll.AdapterFileError, r"damaged metadata: (?s:.*)sites(?s:.*)at least 1 item"),
-    (_damaged, ll.AdapterFileError, r"damaged metadata"),
+    (_retyped, ll.AdapterFileError, _wrong("blocks.0.up.A"), ("torch.float16", "A float32")),
+    (_integers, ll.AdapterFileError, _wrong("blocks.0.up.A"), ("torch.int64", "A float32")),
+    (_newer, ll.AdapterFileError, {}, ("format 99", "lora-lite-core 9.9", "up to 2", "--upgrade")),
+    (_newer_variant, ll.AdapterFileError, {}, ("format 7", "'lora'", "lora-lite-lora", "up to 1")),
+    (_not_installed, ll.UnknownVariantError, {"plugin": "dreamt_up"}, ()),
+    (_bad_field, ll.AdapterFileError, {}, ("'lora'", "ranks")),
+    (_rank_too_large, ll.MisfitError, {"layers": ("blocks.0.up",)}, ("200", "1 of 4 layers")),
+    (_no_configuration, ll.AdapterFileError, {}, ("configuration",)),
+    (_no_such_site, ll.AdapterFileError, {}, ("blocks.0.upp", "Did you mean 'blocks.0.up'")),
+    (_no_site, ll.AdapterFileError, {}, ("sites",)),
+    (_damaged, ll.AdapterFileError, {}, ("sites",)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "complaint"), FILES, ids=[case[0].__name__.strip("_") for case in FILES]
+    ("change", "error", "fields", "says"), FILES, ids=[case[0].__name__[1:] for case in FILES]
 )
 def test_file_that_does_not_fit(
     file: Path,
     blocks: Make,
-    untouched: Untouched,
+    refused: Refused,
+    rewrite: Rewrite,
     change: Any,
     error: type[Exception],
-    complaint: str,
+    fields: dict[str, Any],
+    says: tuple[str, ...],
 ) -> None:
     """Whatever is wrong with a file is named, and nothing is attached."""
     rewrite(file, change)
+    if error is ll.AdapterFileError:
+        fields = {"path": str(file), **fields}
     model = blocks()
-    with untouched(model), pytest.raises(error, match=complaint):
+    with refused(model, error, says, **fields):
         ll.load(model, file)
 
 
-def test_everything_wrong_is_listed_at_once(file: Path, blocks: Make, untouched: Untouched) -> None:
-    """Four different faults, one message."""
+def test_everything_wrong_is_listed_at_once(
+    file: Path, blocks: Make, refused: Refused, rewrite: Rewrite
+) -> None:
+    """Five different faults, one message."""
     for change in (_nan, _missing, _extra_site, _reshaped, _retyped):
         rewrite(file, change)
-    with untouched(model := blocks()), pytest.raises(ll.AdapterFileError) as caught:
+    model = blocks()
+    with refused(
+        model, ll.AdapterFileError, ("not finite", "missing", "extra", "shape", "float16")
+    ) as caught:
         ll.load(model, file)
-    for fault in ("not finite", "missing", "no such site", "shape", "float16"):
-        assert fault in str(caught.value)
+    wrong = {"blocks.1.up.A", "blocks.0.down.B", "elsewhere.A", "blocks.0.up.A"}
+    assert set(caught.value.tensors) == wrong
 
 
-def test_retyped_frozen_tensor(blocks: Make, untouched: Untouched, tmp_path: Path) -> None:
+def test_retyped_frozen_tensor(
+    blocks: Make, refused: Refused, rewrite: Rewrite, tmp_path: Path
+) -> None:
     """A frozen tensor in another dtype than it was saved in is noticed like a trainable one."""
     ll.attach(blocks(), AntiPaSTO(r=4)).save(tmp_path / "a.safetensors")
 
@@ -539,11 +512,11 @@ def test_retyped_frozen_tensor(blocks: Make, untouched: Untouched, tmp_path: Pat
         t["blocks.0.up.U"] = t["blocks.0.up.U"].half()
 
     rewrite(tmp_path / "a.safetensors", change)
-    with (
-        untouched(model := blocks()),
-        pytest.raises(ll.AdapterFileError, match=r"(?s)up\.S: dtype torch\.float64.*|up\.U: dtype"),
-    ):
+    model = blocks()
+    says = ("torch.float64", "torch.float16")
+    with refused(model, ll.AdapterFileError, says) as caught:
         ll.load(model, tmp_path / "a.safetensors")
+    assert set(caught.value.tensors) == {"blocks.0.up.S", "blocks.0.up.U"}
 
 
 @given(cut=st.floats(0, 0.999))
@@ -557,17 +530,21 @@ def test_truncated_file(cut: float, tmp_path_factory: pytest.TempPathFactory) ->
     adapter.detach()
     data = (folder / "whole").read_bytes()
     (folder / "part").write_bytes(data[: int(cut * len(data))])
-    with pytest.raises(ll.AdapterFileError, match="cannot be read as safetensors"):
+    with pytest.raises(ll.AdapterFileError) as caught:
         ll.load(model, folder / "part")
+    assert caught.value.path == str(folder / "part")
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
 
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_change_of_the_metadata_is_harmless(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, rewrite: Rewrite
 ) -> None:
-    """Whatever stands in the metadata: the file loads, or an error of lora-lite says why not and nothing is attached."""
+    """Whatever stands in the metadata: the file loads, or an error of lora-lite says why not.
+
+    In the second case nothing is attached.
+    """
     folder = tmp_path_factory.mktemp("damaged")
     model = nn.Sequential(nn.Linear(6, 4))
     adapter = ll.attach(model, AntiPaSTO(r=4), targets="0")
@@ -594,42 +571,40 @@ def test_any_change_of_the_metadata_is_harmless(
         ll.load(model, folder / "a").detach()
     except ll.LoraLiteError:
         assert set(model.state_dict()) == {"0.weight", "0.bias"}
-    except UserWarning:
-        pass  # warnings are errors here: the fingerprint differs
+    except ll.AdapterWarning:
+        pass  # warnings are errors here: the fingerprint differs, or the format is 1
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04K\x01.", b"\x00" * 100])
 def test_something_else_than_an_adapter(
-    blocks: Make, untouched: Untouched, tmp_path: Path, content: bytes
+    blocks: Make, refused: Refused, tmp_path: Path, content: bytes
 ) -> None:
-    """Text, a pickle, zeros, a missing file, a directory, the weights of a model: not an adapter, and nothing is executed."""
+    """Text, a pickle, zeros, a missing file, a folder, a model's weights: nothing is executed."""
     (tmp_path / "file").write_bytes(content)
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
     model = blocks()
-    for name in ("file", "no_such_file", "."):
-        with (
-            untouched(model),
-            pytest.raises(ll.AdapterFileError, match="cannot be read as safetensors"),
-        ):
-            ll.load(model, tmp_path / name)
-    with untouched(model), pytest.raises(ll.AdapterFileError, match="not an adapter of lora-lite"):
-        ll.load(model, tmp_path / "weights")
+    for name in ("file", "no_such_file", ".", "weights"):
+        path = tmp_path / name
+        with refused(model, ll.AdapterFileError, (str(path),), path=str(path)):
+            ll.load(model, path)
 
 
-def test_another_base(blocks: Make, untouched: Untouched, tmp_path: Path) -> None:
-    """Other base weights: an error where tensors were computed from them, a warning else, silence with check_base=False."""
+def test_another_base(blocks: Make, refused: Refused, tmp_path: Path) -> None:
+    """Another base: an error where tensors were computed from it, a warning else.
+
+    Neither with check_base=False.
+    """
     ll.attach(blocks(), AntiPaSTO(r=4), name="a").save(tmp_path / "antipasto")
     ll.attach(blocks(), LoRA(r=2)).save(tmp_path / "lora")
     other = blocks()
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.1)
-    with (
-        untouched(other),
-        pytest.raises(ll.BaseMismatchError, match=r"4 of 4 sites differ.*\n  blocks\.0\.up"),
-    ):
-        ll.load(other, tmp_path / "antipasto")
-    with pytest.warns(UserWarning, match=r"base with other weights: 4 of 4 sites"):
+    path = str(tmp_path / "antipasto")
+    says = ("4 of 4 layers", "blocks.0.up", "check_base=False")
+    with refused(other, ll.BaseMismatchError, says, path=path):
+        ll.load(other, path)
+    with pytest.warns(ll.AdapterWarning, match="4 of 4 layers"):
         ll.load(other, tmp_path / "lora").detach()
     ll.load(other, tmp_path / "lora", check_base=False).detach()
     ll.load(other, tmp_path / "antipasto", check_base=False).detach()
@@ -643,14 +618,10 @@ def test_the_same_base_in_another_precision_is_the_same(blocks: Make, tmp_path: 
             ll.load(blocks().bfloat16().to(other), tmp_path / "a")
 
 
-def test_wrong_variant_class(file: Path, blocks: Make, untouched: Untouched) -> None:
-    """load(variant=) with a class of another name says so."""
-    with (
-        untouched(model := blocks()),
-        pytest.raises(
-            ll.AdapterFileError, match=r"holds a 'lora' adapter.*AntiPaSTO is 'antipasto'"
-        ),
-    ):
+def test_wrong_variant_class(file: Path, blocks: Make, refused: Refused) -> None:
+    """load(variant=) with a class of another name says which the file asks for."""
+    model = blocks()
+    with refused(model, ll.AdapterFileError, ("'lora'", "'antipasto'"), path=str(file)):
         ll.load(model, file, variant=AntiPaSTO)
 
 
@@ -658,15 +629,19 @@ def test_wrong_variant_class(file: Path, blocks: Make, untouched: Untouched) -> 
 def test_path_that_cannot_be_written(
     blocks: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """A missing directory, a directory or a file in the way, no name, too long a name: an error, and nothing is left behind."""
+    """A missing folder, a folder or a file in the way, no name, too long a name: an error.
+
+    Nothing is left behind, and nothing that was there is changed.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     adapter = ll.attach(blocks(), "lora", r=2)
     for save in (adapter.save, lambda path: ll.save(adapter._root, path)):
-        with pytest.raises(ll.AdapterFileError, match="cannot be written"):
+        with pytest.raises(ll.AdapterFileError) as caught:
             save(where)
+        assert caught.value.path == where
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -683,27 +658,24 @@ def test_existing_file_survives_a_failed_write(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(step, full)
-    with pytest.raises(ll.AdapterFileError, match="No space left on device"):
+    with pytest.raises(ll.AdapterFileError, match="No space left on device") as caught:
         adapter.save(file)
+    assert caught.value.path == str(file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_nothing_to_save_or_detach(blocks: Make, untouched: Untouched, tmp_path: Path) -> None:
+def test_nothing_to_save_or_detach(blocks: Make, refused: Refused, tmp_path: Path) -> None:
     """Functions that need an adapter say which there are."""
     model = blocks()
-    with untouched(model):
-        for function in (ll.detach, lambda m: ll.save(m, tmp_path / "a")):
-            with pytest.raises(ll.AdapterError, match=r"no single adapter to choose; .* \(none\)"):
-                function(model)
+    for function in (ll.detach, lambda m: ll.save(m, tmp_path / "a")):
+        with refused(model, ll.AdapterError, ("0 adapters", "none")):
+            function(model)
     one = ll.attach(model, "lora", r=2, name="one")
     ll.attach(model, "lora", r=2, name="two")
-    with pytest.raises(
-        ll.AdapterError,
-        match=r"no single adapter to choose; give the name= of one that it has \(one, two\)",
-    ):
+    with refused(model, ll.AdapterError, ("2 adapters", "one, two", "name=")):
         ll.detach(model)
-    with pytest.raises(ll.AdapterError, match=r"no adapter named 'three'; .*\(one, two\)"):
+    with refused(model, ll.AdapterError, ("'three'", "one, two"), adapter="three"):
         ll.detach(model, "three")
     one.detach()
     for use in (
@@ -713,6 +685,6 @@ def test_nothing_to_save_or_detach(blocks: Make, untouched: Untouched, tmp_path:
         lambda: setattr(one, "scale", 2),
         lambda: one.save(tmp_path / "a"),
     ):
-        with pytest.raises(ll.AdapterError, match=r"'one' .* is detached"):
+        with refused(model, ll.AdapterError, ("detached",), adapter="one"):
             use()
     assert "detached" in repr(one)

@@ -60,36 +60,39 @@ def test_plan_needs_the_configuration_alone(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "says"),
     [
-        (["lroa"], "there is no variant 'lroa'"),
-        (["lora", "--set", "rank=3"], "there is no field 'rank'"),
-        (["lora", "--set", "r"], "--set r: expected FIELD=VALUE"),
-        (["lora", "--set", "targets=q_proj"], "there is no field 'targets'"),
-        (["antipasto", "--set", "rotate_basis=X"], "rotate_basis='X'"),
-        (["lora", "--targets", "nowhere"], "'nowhere' matches no linear layer"),
-        (["antipasto"], "the largest possible is 16"),
+        (["lroa"], ("'lroa'", "'lora'")),
+        (["lora", "--set", "rank=3"], ("'lora'", "'rank'")),
+        (["lora", "--set", "r"], ("--set r ", "FIELD=VALUE")),
+        (["lora", "--set", "targets=q_proj"], ("'lora'", "'targets'")),
+        (["antipasto", "--set", "rotate_basis=X"], ("rotate_basis='X'",)),
+        (["lora", "--targets", "nowhere"], ("targets='nowhere'", "q_proj x 2")),
+        (["antipasto"], ("largest possible is 16",)),
     ],
 )
 def test_plan_says_what_is_wrong(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: tuple[str, ...]
 ) -> None:
     """Status 1 and the library's message on standard error, without a traceback."""
     assert main(["plan", str(folder), *arguments]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("lora-lite: ")
-    assert complaint in captured.err
-    assert captured.out == ""
+    for text in says:
+        assert text in captured.err
+    assert (captured.out, "Traceback" in captured.err) == ("", False)
 
 
 def test_plan_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A directory without a model is said to be none."""
     assert main(["plan", str(tmp_path), "lora"]) == 1
-    assert "cannot be read as a causal language model of transformers" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told
+    assert "transformers" in told
 
 
 def test_inspect(blocks: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shows what a file holds, each set of fields with its sites, without model and plugin."""
+    """Shows what a file holds, each set of fields with its layers, without model and plugin."""
     adapter = ll.attach(blocks(), "antipasto", r=4, seed=7, overrides={"up": {"r": 8}})
     adapter.scale = 0.5
     adapter.save(tmp_path / "full")
@@ -107,7 +110,7 @@ def test_inspect(blocks: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         assert text in out
     assert main(["inspect", str(tmp_path / "slim")]) == 0
-    assert "left out; derived from the base" in capsys.readouterr().out
+    assert "left out" in capsys.readouterr().out
 
 
 def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +118,7 @@ def test_inspect_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "file").write_text("hello")
     for name in ("file", "nowhere"):
         assert main(["inspect", str(tmp_path / name)]) == 1
-        assert "cannot be read as safetensors" in capsys.readouterr().err
+        assert str(tmp_path / name) in capsys.readouterr().err
 
 
 def test_the_installed_command() -> None:

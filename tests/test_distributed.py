@@ -1,4 +1,4 @@
-"""Two processes with gloo: DDP and FSDP2 train what one process trains, and files hold whole tensors."""
+"""Two processes with gloo train what one process trains, and files hold whole tensors."""
 
 from __future__ import annotations
 
@@ -55,8 +55,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", ["lora", "antipasto"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(runs: Path, mode: str, variant: str) -> None:
-    """Two processes on half of the rows each end with the parameters of one process on all rows: gradients are reduced. Both
-    hold the same; the file loads onto a plain model; attaching (or, sharded, detaching) afterwards is refused.
+    """Two processes on half of the rows each end with the parameters of one process on all rows.
+
+    So gradients are reduced. Both hold the same, and the file loads onto a plain model. Attaching
+    afterwards is refused; so is detaching, if the model is sharded.
     """
     here, folder = worker(), runs / f"{mode}-{variant}"
     model, adapter = here.prepared(variant)

@@ -1,10 +1,13 @@
-"""What people do to a model with adapters: copy, pickle, compile, checkpoint, autocast, train with Trainer, generate."""
+"""What people do to a model with adapters: copy, pickle, compile, checkpoint, autocast, train with
+Trainer, generate.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import lora_lite as ll
 import pytest
 import safetensors
 import torch
+from lora_lite.author import Variant
 from lora_lite_antipasto import AntiPaSTO
 from lora_lite_lora import LoRA
 from torch import Tensor, nn
 
 Make = Callable[..., nn.Module]
+Refused = Callable[..., AbstractContextManager[Any]]
 TOKENS = torch.tensor([[5, 9, 3, 7, 1, 2], [8, 8, 4, 30, 6, 11]])
 VARIANTS = [LoRA(r=3), AntiPaSTO(r=8)]
 
@@ -55,8 +60,11 @@ def checkpoint(model: nn.Module, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
-def test_copies_are_whole_and_independent(tiny_llama: Make, variant: ll.Variant, how: str) -> None:
-    """A copy computes the same; adapters() finds its adapter; training, scaling or detaching it leaves the original alone."""
+def test_copies_are_whole_and_independent(tiny_llama: Make, variant: Variant, how: str) -> None:
+    """A copy computes the same, and adapters() finds its adapter.
+
+    Training, scaling or detaching it leaves the original alone.
+    """
     model = tiny_llama().eval()
     base = tokens(model)
     adapter = ll.attach(model, variant)
@@ -83,8 +91,8 @@ def test_copies_are_whole_and_independent(tiny_llama: Make, variant: ll.Variant,
     assert twin.state_dict().keys() == model.state_dict().keys()
 
 
-def test_adapters_of_parts_and_wrappers(tiny_llama: Make) -> None:
-    """adapters() sees through wrappers, and says where to look when asked on a part of the model."""
+def test_adapters_of_parts_and_wrappers(tiny_llama: Make, refused: Refused) -> None:
+    """adapters() sees through wrappers, and says where to look when asked on a part."""
     model = tiny_llama()
     assert ll.adapters(model) == {}
     adapter = ll.attach(model, "lora", r=2)
@@ -96,27 +104,23 @@ def test_adapters_of_parts_and_wrappers(tiny_llama: Make) -> None:
     ):
         (found,) = ll.adapters(seen).values()
         assert [id(p) for p in found.parameters()] == [id(p) for p in adapter.parameters()]
-    with pytest.raises(
-        ll.AdapterError, match="part of a larger model through which its adapters were attached"
-    ):
+    with refused(model, ll.AdapterError, ("LlamaModel", "larger model")):
         ll.adapters(model.model)
-    with pytest.raises(ll.AdapterError, match="part of a larger model"):
+    with refused(model, ll.AdapterError, ("LlamaModel", "larger model")):
         ll.attach(model.model, "lora", r=2, name="second")
-    with pytest.raises(
-        ll.AdapterError, match=r"attached through a part of this model \(LlamaForCausalLM\)"
-    ):
+    with refused(model, ll.AdapterError, ("LlamaForCausalLM", "part")):
         ll.attach(nn.Sequential(model), "lora", r=2, name="second")
     assert ll.adapters(nn.Linear(2, 2)) == {}
 
 
-def test_two_roots_are_noticed(blocks: Make) -> None:
+def test_two_roots_are_noticed(blocks: Make, refused: Refused) -> None:
     """Attached through two parts, the whole says so; each part still detaches its own."""
     model = blocks()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     one = ll.attach(model.blocks[0], "lora", r=2, targets=".")
     two = ll.attach(model.blocks[1], "lora", r=2, targets=".")
     for function in (ll.adapters, lambda m: ll.attach(m, "lora", r=2)):
-        with pytest.raises(ll.AdapterError, match="through 2 modules of this model"):
+        with refused(model, ll.AdapterError, ("2 modules", "Block")):
             function(model)
     one.detach()
     assert list(ll.adapters(model)) == ["default"]
@@ -148,7 +152,7 @@ def test_compile_wrapper_leaves_no_trace_in_files(
 
 
 def test_compiled_and_checkpoint_wrapped_parts(blocks: Make, tmp_path: Path) -> None:
-    """A compiled block, a compiled linear layer, a block in a checkpoint wrapper: same paths as without them."""
+    """A compiled block, a compiled layer, a block in a checkpoint wrapper: the same paths."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     plain, wrapped = blocks(3), blocks(3)
@@ -166,8 +170,39 @@ def test_compiled_and_checkpoint_wrapped_parts(blocks: Make, tmp_path: Path) -> 
     torch.testing.assert_close(wrapped(x), plain(x))
 
 
+def _compile_block(model: nn.Module) -> None:
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")  # type: ignore[index, operator]
+
+
+def _compile_block_in_place(model: nn.Module) -> None:
+    model.blocks[0].compile(backend="eager")  # type: ignore[index, operator]
+
+
+def _compile_forward(model: nn.Module) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "compile_part", [_compile_block, _compile_block_in_place, _compile_forward]
+)
+def test_compiled_layers_are_not_called_uncalled(
+    blocks: Make, tmp_path: Path, compile_part: Callable[[nn.Module], None]
+) -> None:
+    """Hooks leave no trace in compiled code, so nobody is told that its layers are never called."""
+    model = blocks()
+    adapter = ll.attach(model, "lora", r=2)
+    randomize(adapter)
+    compile_part(model)
+    model.train()(torch.randn(4, 8)).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    adapter.save(tmp_path / "a")
+
+
 def test_wrapping_after_attaching(blocks: Make, tmp_path: Path) -> None:
-    """Blocks that are compiled or checkpoint-wrapped once the adapter is there: saving, scaling and detaching still work."""
+    """Blocks that are compiled or checkpoint-wrapped once the adapter is there.
+
+    Saving, scaling and detaching still work.
+    """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model = blocks()
@@ -191,7 +226,7 @@ def test_wrapping_after_attaching(blocks: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_gradient_checkpointing_gives_the_same_gradients(
-    tiny_llama: Make, variant: ll.Variant
+    tiny_llama: Make, variant: Variant
 ) -> None:
     """Not reentrant, and reentrant with input gradients: the gradients of the plain run."""
     gradients = []
@@ -215,27 +250,29 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 @pytest.mark.filterwarnings(
     "ignore:None of the inputs have requires_grad"
 )  # torch says it too, and goes on
-def test_check_explains_reentrant_checkpointing(tiny_llama: Make) -> None:
-    """Reentrant checkpointing without input gradients silently trains nothing: check() says so, and what to do."""
+def test_check_explains_reentrant_checkpointing(tiny_llama: Make, refused: Refused) -> None:
+    """Reentrant checkpointing without input gradients silently trains nothing.
+
+    check() says so, and what to do.
+    """
     model = tiny_llama().train()
     ll.attach(model, "lora", r=2)
     checkpoint(model, reentrant=True)
     model.disable_input_require_grads()  # newer versions of transformers turn them on
-    with pytest.raises(
-        ll.CheckError,
-        match=r"does not depend on any(?s:.*)use_reentrant.*enable_input_require_grads",
-    ):
+    ways_out = ("use_reentrant", "enable_input_require_grads")
+    with refused(None, ll.CheckError, ("does not depend on any", *ways_out)):
         ll.check(model, {"input_ids": TOKENS, "labels": TOKENS})
     ll.attach(model, "lora", r=2, name="head", targets="lm_head", exclude=())
-    with pytest.raises(
-        ll.CheckError, match=r"use_reentrant.*enable_input_require_grads(?s:.*)A: no gradient"
-    ):
+    with refused(None, ll.CheckError, (*ways_out, "A: no gradient")):
         ll.check(model, {"input_ids": TOKENS, "labels": TOKENS})
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_autocast(tiny_llama: Make, variant: ll.Variant) -> None:
-    """Under autocast a float32 model gives bfloat16-close logits, float32 gradients, and parameters stay float32."""
+def test_autocast(tiny_llama: Make, variant: Variant) -> None:
+    """Under autocast a float32 model gives logits as close as bfloat16 is.
+
+    Gradients are in float32, and parameters stay there.
+    """
     model = tiny_llama().eval()
     adapter = ll.attach(model, variant)
     randomize(adapter)
@@ -251,8 +288,8 @@ def test_autocast(tiny_llama: Make, variant: ll.Variant) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_generate_under_frozen(tiny_llama: Make, variant: ll.Variant) -> None:
-    """frozen() changes no generated token and no logit, and computes `prepare` once a site for all tokens."""
+def test_generate_under_frozen(tiny_llama: Make, variant: Variant) -> None:
+    """frozen() changes no generated token and no logit, and computes `prepare` once a site."""
     model = tiny_llama().eval()
     adapter = ll.attach(model, variant)
     randomize(adapter)
@@ -271,12 +308,13 @@ def test_generate_under_frozen(tiny_llama: Make, variant: ll.Variant) -> None:
         assert len(calls) == len(adapter.sites)
     with adapter.frozen(), torch.no_grad():
         assert torch.equal(tokens(model), expected)
-    with pytest.raises(ll.AdapterError, match="changed under frozen"), adapter.frozen():
+    with pytest.raises(ll.AdapterError, match="frozen") as caught, adapter.frozen():
         randomize(adapter, seed=2)
+    assert caught.value.adapter == "default"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_trainer(tiny_llama: Make, tmp_path: Path, variant: ll.Variant) -> None:
+def test_trainer(tiny_llama: Make, tmp_path: Path, variant: Variant) -> None:
     """transformers' Trainer trains the adapter and nothing else, and its loss falls."""
     from transformers import Trainer, TrainingArguments
 
@@ -288,9 +326,15 @@ def test_trainer(tiny_llama: Make, tmp_path: Path, variant: ll.Variant) -> None:
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     loss = float(model(input_ids=TOKENS, labels=TOKENS).loss.detach())
     arguments = TrainingArguments(
-        tmp_path, max_steps=20, learning_rate=5e-2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        tmp_path,
+        max_steps=20,
+        learning_rate=5e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
         dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
     Trainer(model, arguments, train_dataset=rows).train()
     assert float(model(input_ids=TOKENS, labels=TOKENS).loss.detach()) < loss - 0.1
     named = dict(model.named_parameters())
@@ -324,7 +368,10 @@ class Odd(nn.Module):
 
 
 def test_check_restores_everything() -> None:
-    """Parameters, buffers, gradients, hooks, modes and the random state are bitwise what they were, also after a failure."""
+    """Parameters, buffers, gradients, hooks, modes and the random state are bitwise what they were.
+
+    Also after a failure.
+    """
     model = Odd().train()
     x, misfit = torch.randn(5, 6), torch.randn(5, 7)
     adapter = ll.attach(model, "lora", r=2, targets=r"layers\.0")
@@ -355,48 +402,41 @@ def test_check_restores_everything() -> None:
     adapter.detach()
 
 
-def test_check_finds_what_is_wrong() -> None:
-    """No adapter, a layer that is never called, an adapter that is off, frozen parameters, no gradients: each in words."""
-    with pytest.raises(ll.AdapterError, match="the model has no adapter"):
+def test_check_finds_what_is_wrong(refused: Refused) -> None:
+    """No adapter, a layer that is never called, an adapter that is off, frozen parameters, no
+    gradients: each in words.
+    """
+    with refused(None, ll.AdapterError, ("no adapter",)):
         ll.check(Odd(), torch.randn(5, 6))
     model = Odd()
     adapter = ll.attach(model, "lora", r=2)
     x = torch.randn(5, 6)
-    with pytest.raises(
-        ll.CheckError,
-        match=r"layers\.1: the layer was never called(?s:.*)default: layers\.1\.A: no gradient",
-    ):
+    says = ("layers.1: the layer was never called", "default: layers.1.A: no gradient", "exclude=")
+    with refused(None, ll.CheckError, says, layer="layers.1"):
         ll.check(model, x)
     adapter.detach()
     adapter = ll.attach(model, "lora", r=2, layers=0)
     ll.check(model, x)
-    with (
-        adapter.disabled(),
-        pytest.raises(
-            ll.CheckError, match=r"does not depend on any adapter|adapter 'default' is disabled"
-        ),
-    ):
+    with adapter.disabled(), refused(None, ll.CheckError, ("'default' is disabled",)):
         ll.check(model, x)
     adapter.scale = 0
-    with pytest.raises(
-        ll.CheckError, match=r"'default' is disabled or has scale 0(?s:.*)the gradient is zero"
-    ):
+    with refused(None, ll.CheckError, ("'default'", "scale 0", "the gradient is zero")):
         ll.check(model, x)
     adapter.scale = 1
-    with torch.no_grad(), pytest.raises(ll.CheckError, match="gradients are off"):
+    with torch.no_grad(), refused(None, ll.CheckError, ("gradients are off",)):
         ll.check(model, x)
-    with pytest.raises(ll.CheckError, match="the gradient is not finite"):
+    with refused(None, ll.CheckError, ("the gradient is not finite",)):
         ll.check(model.eval(), torch.full((5, 6), 1e38))
     model.requires_grad_(False)
-    with pytest.raises(
-        ll.CheckError,
-        match=r"no adapter parameter requires a gradient; was requires_grad_\(False\)",
-    ):
+    with refused(None, ll.CheckError, ("requires a gradient", "requires_grad_(False)")):
         ll.check(model, x)
 
 
 def test_check_takes_what_a_model_takes(tiny_llama: Make) -> None:
-    """A batch is keywords with labels, keywords without, positions, or one tensor; a compiled or wrapped model will do."""
+    """A batch is keywords with labels, keywords without, positions, or one tensor.
+
+    A compiled or wrapped model will do.
+    """
     model = tiny_llama()
     ll.attach(model, "lora", r=2)
     for batch in (

@@ -18,7 +18,9 @@ FIELDS = {"r": 4}
 
 
 class Stack(nn.Module):
-    """Small layers, with the same weights every time: a file is loaded on the base that it was made on."""
+    """Small layers, with the same weights every time: a file is loaded on the base that it was made
+    on.
+    """
 
     def __init__(self, layers: int) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""The preset qwen3.5-0.8b at full size, without a download: a model of Qwen3.5-0.8B's configuration with random weights.
+"""The preset qwen3.5-0.8b at full size, on a model with random weights and nothing to download.
 
 python benchmark/perf/full_size.py [--variants lora antipasto] [--tokens 512]
 
-Prints what every installed variant's row would cost. Then, each in a process of its own, attaches variants to the model in
-bfloat16, trains one step of 8 rows, and prints times and the peak of the resident set.
+Prints what every installed variant's row would cost. Then, each in a process of its own, attaches
+variants to the model in bfloat16, trains one step of 8 rows, and prints times and the peak of the
+resident set.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from typing import Any
 
 import lora_lite as ll
 import torch
-from lora_lite_benchmark.config import Preset, RunConfig, resolve
+from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.data import Batch
 from lora_lite_benchmark.evaluate import nats
+from lora_lite_benchmark.preset import Preset, resolve
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
@@ -64,9 +66,8 @@ def plans() -> dict[str, ll.Plan]:
 
 
 def print_plans() -> None:
-    print(
-        "| variant | r | sites | parameters | MACs / token | MACs / forward |\n|---|---|---|---|---|---|"
-    )
+    print("| variant | r | sites | parameters | MACs / token | MACs / forward |")
+    print("|---|---|---|---|---|---|")
     for name, plan in plans().items():
         rank = getattr(plan.variant, "r", "–")
         macs = f"{plan.macs_per_token:,} | {plan.macs_per_forward:,}"
@@ -77,7 +78,11 @@ def print_plans() -> None:
 
 
 def step(variant: str, rows: int, tokens: int) -> dict[str, float]:
-    """Attach and train one step; seconds and bytes. Of the whole process: libraries, weights, gradients, optimizer."""
+    """Attach and train one step.
+
+    Returns seconds, and the peak in bytes of the whole process: libraries, weights, gradients and
+    optimizer.
+    """
     torch.manual_seed(0)
     model = random_model().train()
     started = time.perf_counter()
@@ -118,12 +123,10 @@ def main() -> None:
         print(json.dumps(step(options.one, options.rows, options.tokens)))
         return
     print_plans()
-    print(
-        f"\n{options.rows} rows of {options.tokens} tokens, one row a forward, {torch.get_num_threads()} threads"
-    )
-    print(
-        "| variant | attach s | step s | peak GiB | loss | tensors that moved |\n|---|---|---|---|---|---|"
-    )
+    threads = torch.get_num_threads()
+    print(f"\n{options.rows} rows of {options.tokens} tokens, one row a forward, {threads} threads")
+    print("| variant | attach s | step s | peak GiB | loss | tensors that moved |")
+    print("|---|---|---|---|---|---|")
     for variant in options.variants:
         command = [
             sys.executable,

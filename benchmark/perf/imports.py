@@ -6,13 +6,20 @@ python benchmark/perf/imports.py
 import subprocess
 import sys
 
-CODE = "import torch, time; start = time.perf_counter(); import lora_lite; print(time.perf_counter() - start)"
+CODE = """
+import time
+import torch
+start = time.perf_counter()
+import lora_lite
+print(time.perf_counter() - start)
+"""
 
 
 def main() -> None:
     times = sorted(float(subprocess.check_output([sys.executable, "-c", CODE])) for _ in range(7))
     print(
-        f"import lora_lite after torch: median {times[3]:.3f} s (0.3 s is the limit), from {times[0]:.3f} to {times[-1]:.3f}"
+        f"import lora_lite after torch: median {times[3]:.3f} s (0.3 s is the limit), "
+        f"from {times[0]:.3f} to {times[-1]:.3f}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Peak memory while adapters are attached to a quantised model, beyond what the model has and what they keep. One dense layer
-is a float32 copy of one layer's weight. bitsandbytes' layers on the CPU.
+"""Peak memory while adapters are attached to a quantised model.
 
-python benchmark/perf/quantised.py [--width 2048] [--layers 6] [--variants lora dora pissa antipasto]
+python benchmark/perf/quantised.py [--width 2048] [--layers 6] [--variants lora dora antipasto]
+
+It is counted beyond what the model takes and what the adapters keep, in dense layers: one is a
+float32 copy of one layer's weight. The layers are those of bitsandbytes, on the CPU.
 """
 
 import argparse
@@ -62,7 +64,9 @@ def measure(name: str, variant: str, width: int, layers: int) -> dict[str, float
 
 
 def in_its_own_process(*arguments: object) -> dict[str, float]:
-    """With an allocator that gives freed tensors back at once, so that what is resident is what is in use."""
+    """Call `measure` in a process whose allocator gives freed tensors back at once, so that what is
+    resident is what is in use.
+    """
     command = [sys.executable, __file__, "--one", json.dumps(arguments)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -82,14 +86,14 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*json.loads(options.one))))
         return
-    print(
-        "| base | model MB | one dense layer MB | variant | peak of attach, dense layers |\n|---|---|---|---|---|"
-    )
+    print("| base | model MB | one dense layer MB | variant | peak of attach, dense layers |")
+    print("|---|---|---|---|---|")
     for name in FORMATS:
         for variant in options.variants:
             row = in_its_own_process(name, variant, options.width, options.layers)
             print(
-                f"| {name} | {row['model'] / 1e6:.0f} | {row['dense'] / 1e6:.0f} | {variant} | {row['peak']:.2f} |",
+                f"| {name} | {row['model'] / 1e6:.0f} | {row['dense'] / 1e6:.0f} "
+                f"| {variant} | {row['peak']:.2f} |",
                 flush=True,
             )
 

@@ -1,11 +1,12 @@
-"""Time and memory of a training step, side by side in one run: LoRA against PEFT's LoRA, and methods against our LoRA.
+"""Time and memory of a training step: LoRA against PEFT's LoRA, and methods against our LoRA.
 
 python benchmark/perf/step.py [--pairs lora:peft antipasto:lora ...] [--tokens 1024] [--rounds 40]
 
-Both sides of a pair take turns, step by step, on a small Llama of transformers, so that a busy machine slows both. Time is the
-median of the rounds' ratios, with a bootstrap interval of 95 %. Memory is what a step keeps for its backward: the
-bytes of the tensors that autograd saves, each storage counted once, without parameters (the same for both sides on any
-device), and the peak of a process of its own (resident set, measured against the same process before the first step).
+Both sides of a pair take turns, step by step, on a small Llama of transformers, so that a busy
+machine slows both. Time is the median of the rounds' ratios, with a bootstrap interval of 95 %.
+Memory is what a step keeps for its backward: the bytes of the tensors that autograd saves, each
+storage counted once, without parameters (the same for both sides on any device), and the peak of a
+process of its own (resident set, measured against the same process before the first step).
 """
 
 import argparse
@@ -29,10 +30,11 @@ PAIRS = ["lora:peft", "antipasto:lora", "hra:lora", "dora:lora"]
 
 
 def base(dtype: torch.dtype) -> nn.Module:
-    """Six blocks of width 512 with down_proj 1792 -> 512: Qwen3.5-0.8B at half its width and a quarter of its depth.
+    """Six blocks of width 512: Qwen3.5-0.8B at half its width and a quarter of its depth.
 
-    Depth counts. A method that changes a layer's input needs the input's gradient even at the first adapted layer, where
-    LoRA's backward ends at the output: one product with W, which is a share of 1 / blocks.
+    Depth counts. A method that changes a layer's input needs the input's gradient even at the first
+    adapted layer, where LoRA's backward ends at the output: one product with W, which is a share of
+    1 / blocks.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,7 +50,9 @@ def base(dtype: torch.dtype) -> nn.Module:
 
 
 def adapted(method: str, rank: int, dtype: torch.dtype, targets: str) -> nn.Module:
-    """The base with one adapter: `peft` is PEFT's LoRA, `base` none, everything else a variant of ours."""
+    """The base with one adapter: `peft` is PEFT's LoRA, `base` none, everything else a variant of
+    ours.
+    """
     model = base(dtype)
     if method == "base":
         return model.requires_grad_(False)
@@ -106,7 +110,7 @@ def times(
 
 
 def interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """The median of the ratios of steps taken one after the other, and its 95 % bootstrap interval."""
+    """The median of the ratios of steps taken one after the other, with its interval of 95 %."""
     rng = random.Random(0)
     ratios = [x / y for x, y in zip(a, b, strict=True)]
     draws = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
@@ -172,12 +176,13 @@ def main() -> None:
     if arguments.peak:
         return measure_peak(arguments)
     dtype = getattr(torch, arguments.dtype)
+    threads = torch.get_num_threads()
     print(
-        f"{arguments.dtype}, {arguments.tokens} tokens a step, targets {arguments.targets}, {torch.get_num_threads()} threads"
+        f"{arguments.dtype}, {arguments.tokens} tokens a step, targets {arguments.targets}, "
+        f"{threads} threads"
     )
-    print(
-        "| pair | r | step time (95 %) | saved for backward | peak of the process |\n|---|---|---|---|---|"
-    )
+    print("| pair | r | step time (95 %) | saved for backward | peak of the process |")
+    print("|---|---|---|---|---|")
     for pair in arguments.pairs:
         first, second = pair.split(":")
         rank = arguments.rank or RANKS.get(first, 32)
@@ -188,7 +193,9 @@ def main() -> None:
         )
         peaks = [peak_mib(arguments, method, rank) for method in (first, second)]
         print(
-            f"| {first} / {second} | {rank} | {ratio:.3f} ({low:.3f} to {high:.3f}) | {saved[0] / saved[1]:.3f} "
+            f"| {first} / {second} | {rank} "
+            f"| {ratio:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {saved[0] / saved[1]:.3f} "
             f"| {peaks[0]:.0f} / {peaks[1]:.0f} MiB = {peaks[0] / peaks[1]:.3f} |",
             flush=True,
         )

@@ -1,9 +1,11 @@
-"""Top-r SVD at init: our randomised method against the full SVD, in one run. Time, and how well the top-r space is met.
+"""Top-r SVD at init: our randomised method against the full SVD, in one run. Time, and how well the
+top-r space is met.
 
 python benchmark/perf/svd.py
 
-The matrix is 3584 x 1024 with singular values i^-1/2, a slow decay that randomised methods find hard. The cosine is that of the
-largest principal angle between the found and the true space of r directions, on either side.
+The matrix is 3584 x 1024 with singular values i^-1/2, a slow decay that randomised methods find
+hard. The cosine is that of the largest principal angle between the found and the true space of r
+directions, on either side.
 """
 
 import time

@@ -1,4 +1,6 @@
-"""A random Llama of a few thousand weights with a tokenizer of characters, and sums to learn: real, small, offline."""
+"""What the tests run on: a random Llama of a few thousand weights with a tokenizer of characters,
+and sums to learn. It is real, small, and needs no network.
+"""
 
 import json
 import os
@@ -11,7 +13,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from lora_lite_benchmark.config import Preset, RunConfig, resolve
+from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.preset import Preset, resolve
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

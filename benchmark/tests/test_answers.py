@@ -57,7 +57,9 @@ NUMBERS = st.decimals(min_value=-(10**12), max_value=10**12, places=2) | st.inte
     ],
 )
 def test_reads_the_number_that_a_reader_would(text: str, number: str) -> None:
-    """Commas, signs, decimals, currency, trailing periods and several numbers: the answer's number is found."""
+    """Commas, signs, decimals, currency, trailing periods and several numbers: the answer's number
+    is found.
+    """
     assert final_number(text) == Decimal(number)
 
 
@@ -80,7 +82,9 @@ def test_no_number_is_none(text: str) -> None:
 def test_any_number_in_any_words(
     before: str, number: Decimal, after: str, sign: str, commas: bool, dot: bool
 ) -> None:
-    """However a number is written, and whatever words without numbers stand around it, it is read back exactly."""
+    """However a number is written, and whatever words without numbers stand around it, it is read
+    back exactly.
+    """
     written = f"{abs(number):,}" if commas else f"{abs(number)}"
     text = f"{before} {'-' if number < 0 else ''}{sign}{written}{'.' if dot else ''} {after}"
     assert final_number(text) == number
@@ -115,8 +119,9 @@ def test_equal_numbers_written_differently_agree(number: Decimal, places: int) -
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_real_gsm8k_answers(split: str) -> None:
-    """Of every answer in GSM8K, the number is the one after `####`, commas aside; its text without it ends elsewhere at
-    times, which is why the marker has priority."""
+    """Of every answer in GSM8K, the number is the one after `####`, commas aside; its text without
+    it ends elsewhere at times, which is why the marker has priority.
+    """
     folder = os.environ.get("LORA_LITE_GSM8K")
     if not folder:
         pytest.skip(

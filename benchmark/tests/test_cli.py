@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,9 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_run_leaves_results_table_and_picture(finished: Path) -> None:
-    """One JSON file a row with config, versions, every outcome and the curve; the adapter; a table; a PNG."""
+    """One JSON file a row with config, versions, every outcome and the curve; the adapter; a table;
+    a PNG.
+    """
     results = {result.config.label: result for result in load_results(finished)}
     assert results.keys() == {"base", "lora:r=2", "full"}
     lora = results["lora:r=2"]
@@ -67,7 +68,9 @@ def test_a_run_leaves_results_table_and_picture(finished: Path) -> None:
 
 
 def test_measurements_are_the_adapters(finished: Path) -> None:
-    """Parameters, MACs and file size are the planned ones and the file's; times and memory are there."""
+    """Parameters, MACs and file size are the planned ones and the file's; times and memory are
+    there.
+    """
     lora = next(result for result in load_results(finished) if result.config.variant == "lora")
     plan = ll.plan(load_model(lora.config), "lora", r=2, targets=lora.config.targets)
     measured = lora.measurements
@@ -85,7 +88,9 @@ def test_measurements_are_the_adapters(finished: Path) -> None:
 
 
 def test_training_lowers_the_loss(finished: Path) -> None:
-    """Even six steps bring the reference answers nearer, and full fine-tuning further than the base."""
+    """Even six steps bring the reference answers nearer, and full fine-tuning further than the
+    base.
+    """
     losses = {
         result.config.variant: result.test.loss for result in load_results(finished) if result.test
     }
@@ -120,7 +125,9 @@ def test_a_complete_run_is_not_repeated(
 def test_the_table_is_made_again_from_the_files(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`table` prints what `run` wrote, in every format; `plot` and `report` write where they are told."""
+    """`table` prints what `run` wrote, in every format; `plot` and `report` write where they are
+    told.
+    """
     for name, file in TABLE_FILES.items():
         assert main(["table", str(finished), "--format", name]) == 0
         assert capsys.readouterr().out == (finished / file).read_text()
@@ -133,7 +140,9 @@ def test_the_table_is_made_again_from_the_files(
 
 
 def test_the_saved_adapter_is_the_trained_one(finished: Path) -> None:
-    """Every trained row was reloaded and gave the same bits; a file that does not is an error, not a row."""
+    """Every trained row was reloaded and gave the same bits; a file that does not is an error, not
+    a row.
+    """
     results = load_results(finished)
     assert {result.config.variant: result.reloaded_identical for result in results} == {
         "base": None,
@@ -152,75 +161,8 @@ def test_the_saved_adapter_is_the_trained_one(finished: Path) -> None:
     ll.load(model, path)
     trained = logits(model, batch)
     assert reload_agrees(lora.config, path, batch, trained)
-    with pytest.raises(BenchmarkError, match="logits differ by up to"):
+    with pytest.raises(BenchmarkError, match="gives logits that differ by up to"):
         reload_agrees(lora.config, path, batch, torch.nextafter(trained, trained + 1))
-
-
-def test_a_failing_row_does_not_stop_the_others(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A rank that fits no layer is reported in a line, its traceback kept; the next row still runs; the exit code is 1."""
-    rows = ["lora:r=100000", "lora:r=1"]
-    assert main(["run", *arguments, "--out", str(tmp_path), "--no-base", "--variants", *rows]) == 1
-    captured = capsys.readouterr()
-    assert "lora:r=100000 (seed 0): failed: " in captured.err
-    assert "1 of 2 runs failed" in captured.err
-    assert "Traceback" not in captured.err
-    assert "lora:r=1 (seed 0): " in captured.out
-    assert "Traceback" in next(tmp_path.glob("*/error.txt")).read_text()
-    assert [result.config.label for result in load_results(tmp_path)] == ["lora:r=1"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--variants", "lorra"], "did you mean 'lora'"),
-        (["--set", "rank=2", "--variants", "lora"], "there is no field 'rank'"),
-        (["--set", "r", "--variants", "lora"], "--set: 'r' is not of the form field=value"),
-        (["--preset", "big"], "preset 'big' does not exist; there are: "),
-        (["--steps", "many"], "steps: .* given 'many'"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    arguments: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    """What was asked for wrongly is said before anything runs: no traceback, exit code 2."""
-    assert main(["run", *arguments, "--out", str(tmp_path), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert re.search(message, error), error
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("missing", ["--model", "--test"])
-def test_a_missing_path_is_named(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
-) -> None:
-    """A path that does not exist is named by every run that needs it, in a line each."""
-    options = [
-        *arguments,
-        missing,
-        str(tmp_path / "absent.jsonl"),
-        "--out",
-        str(tmp_path / "out"),
-        "--variants",
-        "lora",
-    ]
-    assert main(["run", *options]) == 1
-    assert f"{tmp_path}/absent.jsonl" in capsys.readouterr().err
-
-
-def test_a_directory_without_results_says_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`table` of an empty directory names the directory and the command that fills it."""
-    assert main(["table", str(tmp_path)]) == 2
-    assert f"lora-lite-bench run --out {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(
@@ -261,7 +203,7 @@ def test_seeds_are_runs(
 
 
 def test_runs_are_repeatable(make_config: Make, tmp_path: Path) -> None:
-    """The same config in another directory gives the same outcomes and the same file, bit for bit."""
+    """The same config in another directory gives the same outcomes and the same file's bytes."""
     config = make_config("lora:dropout=0.1", steps=3)
     one, two = run_one(config, tmp_path / "one"), run_one(config, tmp_path / "two")
     assert isinstance(one, Result)
@@ -273,7 +215,9 @@ def test_runs_are_repeatable(make_config: Make, tmp_path: Path) -> None:
 
 
 def test_calibration_reaches_a_variant_that_asks_for_it(make_config: Make, tmp_path: Path) -> None:
-    """AntiPaSTO choosing its directions by activations gets training rows, and is trained like the others."""
+    """AntiPaSTO choosing its directions by activations gets training rows, and is trained like the
+    others.
+    """
     config = make_config("antipasto:r=8,select=activation", steps=2)
     result = run_one(config, tmp_path)
     assert result.reloaded_identical
@@ -294,7 +238,9 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_real_gsm8k_through_the_same_commands(model_dir: Path, tmp_path: Path) -> None:
-    """GSM8K as published trains and tests a model from its own columns, with the prompt of the full-size preset."""
+    """GSM8K as published trains and tests a model from its own columns, with the prompt of the
+    full-size preset.
+    """
     folder = os.environ.get("LORA_LITE_GSM8K")
     if not folder:
         pytest.skip(

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 from lora_lite import LoraLiteError
-from lora_lite_benchmark.config import Preset, RunConfig, Source, parse_row, resolve
+from lora_lite_benchmark.config import RunConfig, Source
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.models import load_model
+from lora_lite_benchmark.preset import Preset, parse_row, resolve
 
 Make = Callable[..., RunConfig]
 
 
 def test_a_config_survives_json(make_config: Make) -> None:
-    """The config in a result file is the one that was run: nothing is lost, and it has the same hash."""
+    """The config in a result file is the one that was run: nothing is lost, and it has the same
+    hash.
+    """
     config = make_config("lora:r=2", targets=["q_proj$", "v_proj$"], layers=[0])
     again = RunConfig.model_validate_json(config.model_dump_json())
     assert again == config
@@ -24,7 +27,9 @@ def test_a_config_survives_json(make_config: Make) -> None:
 
 
 def test_every_default_is_spelt_out(make_config: Make) -> None:
-    """A later change of a variant's defaults cannot change what a recorded config means: its fields are all there."""
+    """A later change of a variant's defaults cannot change what a recorded config means: its fields
+    are all there.
+    """
     fields = make_config("lora").fields
     assert {"r", "alpha", "rslora", "dropout"} <= fields.keys()
 
@@ -45,6 +50,25 @@ def test_the_hash_follows_what_matters(make_config: Make, change: dict[str, Any]
     assert make_config(**change).hash != make_config().hash
 
 
+def test_the_hash_of_a_config_never_changes() -> None:
+    """Results on disk are found by this hash: a config of version 0.1 must keep it for ever."""
+    config = RunConfig(
+        preset="p",
+        label="lora:r=4",
+        model="somewhere/a-model",
+        train=Source(path="a.jsonl", sha256="1" * 64),
+        test=Source(path="tiny", split="test", count=5),
+        variant="lora",
+        fields={"r": 4, "alpha": 8.0, "rslora": True},
+        targets=("down_proj$",),
+        layers=(2, 3),
+        steps=10,
+        lr=0.01,
+    )
+    assert config.hash == "149e224f8863"
+    assert config.model_copy(update={"variant": "base"}).hash == "a00e6b21e54c"
+
+
 def test_the_hash_ignores_what_does_not_matter(make_config: Make) -> None:
     """How often a checkpoint is written, and how a row is spelt, make no other run."""
     assert make_config(checkpoint_every=1).hash == make_config().hash
@@ -53,7 +77,9 @@ def test_the_hash_ignores_what_does_not_matter(make_config: Make) -> None:
 
 
 def test_the_base_is_one_run_whatever_the_training(make_config: Make) -> None:
-    """The untrained model is tested once, not once for each learning rate; another test set is another run."""
+    """The untrained model is tested once, not once for each learning rate; another test set is
+    another run.
+    """
     base = make_config("base")
     assert make_config("base", steps=9, lr=0.5, seed=3).hash == base.hash
     assert (
@@ -63,7 +89,9 @@ def test_the_base_is_one_run_whatever_the_training(make_config: Make) -> None:
 
 
 def test_the_hash_follows_the_contents_of_files(make_config: Make, tmp_path: Path) -> None:
-    """Editing a data file makes another run: a result never stands for data that it was not made from."""
+    """Editing a data file makes another run: a result never stands for data that it was not made
+    from.
+    """
     path = tmp_path / "train.jsonl"
     path.write_text('{"query": "a", "response": "1"}\n')
     before = make_config(train={"path": str(path)})
@@ -75,7 +103,9 @@ def test_the_hash_follows_the_contents_of_files(make_config: Make, tmp_path: Pat
 def test_the_hash_ignores_where_files_are(
     make_config: Make, model_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The same model and data elsewhere is the same run: a results folder can be moved, and compared across machines."""
+    """The same model and data elsewhere is the same run: a results folder can be moved, and
+    compared across machines.
+    """
     shutil.copytree(model_dir, tmp_path / "model")
     shutil.copy(files["train"], tmp_path / "other.jsonl")
     moved = make_config(
@@ -86,12 +116,14 @@ def test_the_hash_ignores_where_files_are(
     with (tmp_path / "model" / "config.json").open("a") as file:
         file.write("\n")
     assert make_config(model=str(tmp_path / "model")).hash != moved.hash
-    with pytest.raises(BenchmarkError, match="files have changed since this run was planned"):
+    with pytest.raises(BenchmarkError, match="have changed since this run was planned"):
         load_model(moved)
 
 
 def test_what_overrides_what() -> None:
-    """The row's fields win over the preset's, the command line over both; without a word on lr the variant's own holds."""
+    """The row's fields win over the preset's, the command line over both; without a word on lr the
+    variant's own holds.
+    """
     preset = Preset.model_validate_json(
         json.dumps(
             {
@@ -125,7 +157,7 @@ def test_what_overrides_what() -> None:
     assert other.label == "lora:r=7,alpha=9.0"
     bare = preset.model_copy(update={"variants": {}})
     assert resolve(bare, "lora").lr > 0
-    with pytest.raises(BenchmarkError, match="use --lr"):
+    with pytest.raises(BenchmarkError, match="Use --lr"):
         resolve(bare, "full")
 
 
@@ -136,7 +168,7 @@ def test_rows_are_variants_with_fields() -> None:
         "lora",
         {"r": 4, "alpha": 0.5, "rslora": True, "x": "V"},
     )
-    with pytest.raises(BenchmarkError, match="'r4' is not of the form field=value"):
+    with pytest.raises(BenchmarkError, match="'r4' in row 'lora:r4' is not an assignment"):
         parse_row("lora:r4")
 
 
@@ -158,13 +190,14 @@ def test_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"steps": 0}, "steps: .*greater than 0, given 0"),
-        ({"lr": "fast"}, "lr: .*given 'fast'"),
+        ({"steps": 0}, "setting steps of the row 'lora' is 0. .*greater than 0"),
+        ({"lr": "fast"}, "setting lr of the row 'lora' is 'fast'"),
         ({"prompt": "no place"}, "must contain {question}"),
-        ({"warmup": 1.0}, "warmup: .*less than 1"),
+        ({"warmup": 1.0}, "setting warmup .* is 1.0. .*less than 1"),
         ({"test": None}, "test and validation are both missing"),
-        ({"stepz": 3}, "stepz: "),
-        ({"test": {"path": "x", "split": "tset"}}, "test.split: .*'tset'"),
+        ({"stepz": 3}, "there is no setting stepz.* Did you mean 'steps'"),
+        ({"train": {}}, "has no setting train.path"),
+        ({"test": {"path": "x", "split": "tset"}}, "setting test.split .* is 'tset'"),
     ],
 )
 def test_a_wrong_setting_is_named(
@@ -178,7 +211,7 @@ def test_a_wrong_setting_is_named(
 
 @pytest.mark.parametrize("row", ["lora:r=0", "lora:rank=4", "nothing_like_it"])
 def test_wrong_rows_are_the_cores_errors(make_config: Make, row: str) -> None:
-    """Unknown variants and bad fields are found before anything runs, and said in the core's words."""
+    """Unknown variants and bad fields are found before anything runs, as errors of the core."""
     with pytest.raises(LoraLiteError):
         make_config(row)
 
@@ -186,12 +219,12 @@ def test_wrong_rows_are_the_cores_errors(make_config: Make, row: str) -> None:
 def test_rows_without_an_adapter_take_no_fields(make_config: Make) -> None:
     """`full:r=4` would be ignored in silence otherwise."""
     with pytest.raises(
-        BenchmarkError, match="row 'full:r=4': 'full' is no variant and has no fields; given r"
+        BenchmarkError, match=r"the row 'full' was given the fields r\. .* has no fields"
     ):
         make_config("full:r=4")
 
 
 def test_an_unknown_preset_lists_the_known() -> None:
     """The error shows what there is."""
-    with pytest.raises(BenchmarkError, match=r"'small' does not exist; there are: .*tiny"):
+    with pytest.raises(BenchmarkError, match=r"'small' does not exist. The presets are .*tiny"):
         Preset.load("small")

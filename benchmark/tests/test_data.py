@@ -49,11 +49,14 @@ def test_start_and_count(files: dict[str, Path]) -> None:
     [
         (
             '{"q": "a", "a": "b"}\n',
-            "columns are 'q', 'a'; expected `query` and `response` or `question` and `answer`",
+            "the columns 'q', 'a'. Expected `query` and `response`, or `question` and `answer`",
         ),
-        ('{"query": "a", "response": "b"}\n{"query": \n', "line 2 is not JSON"),
-        ('{"query": "a", "response": "b"}\n{"query": "c", "response": " "}\n', "row 1 has no text"),
-        ('{"query": "a", "response": 5}\n', "row 0 has no text"),
+        ('{"query": "a", "response": "b"}\n{"query": \n', "line 2 of .* is not JSON"),
+        (
+            '{"query": "a", "response": "b"}\n{"query": "c", "response": " "}\n',
+            "row 1 of .* has no text",
+        ),
+        ('{"query": "a", "response": 5}\n', "row 0 of .* has no text"),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: str) -> None:
@@ -67,26 +70,26 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: 
 
 def test_a_missing_file_is_not_asked_of_the_hub() -> None:
     """A mistyped file name is called that."""
-    with pytest.raises(BenchmarkError, match=r"absent.jsonl: there is no such file"):
+    with pytest.raises(BenchmarkError, match=r"there is no file absent.jsonl"):
         load_problems(Source(path="absent.jsonl"))
 
 
 def test_an_unreachable_dataset_is_named() -> None:
     """A name that is neither a file nor a dataset gives an error that says so."""
-    with pytest.raises(
-        BenchmarkError, match="nobody/nothing: is neither a file here nor a dataset"
-    ):
+    with pytest.raises(BenchmarkError, match="nobody/nothing is neither a file here nor a dataset"):
         load_problems(Source(path="nobody/nothing"))
 
 
 def test_an_empty_slice_is_an_error(files: dict[str, Path]) -> None:
     """Testing on nothing is not a result."""
-    with pytest.raises(BenchmarkError, match="no rows from 900 on"):
+    with pytest.raises(BenchmarkError, match="no rows from number 900 on"):
         load_problems(local(files["test"], start=900))
 
 
 def test_the_loss_counts_the_answer_and_its_end(make_config: Make) -> None:
-    """An example reads as the prompt, a space, the answer, end of text; labels are the part after the prompt."""
+    """An example reads as the prompt, a space, the answer, end of text; labels are the part after
+    the prompt.
+    """
     config = make_config()
     tokenizer = load_tokenizer(config)
     example = encode(tokenizer, config.prompt, Problem("How?", "So {question}."))
@@ -119,7 +122,9 @@ def test_real_gsm8k_is_read() -> None:
 
 
 def test_rows_of_one_command_tokenise_once(make_config: Make) -> None:
-    """Another variant, seed or learning rate uses the very examples of the row before; another prompt does not."""
+    """Another variant, seed or learning rate uses the very examples of the row before; another
+    prompt does not.
+    """
     config = make_config("lora")
     first, _ = training_examples(load_tokenizer(config), config)
     again, _ = training_examples(

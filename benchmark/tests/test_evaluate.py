@@ -29,7 +29,9 @@ def setup(make_config: Make) -> Setup:
 
 
 def test_generation_is_the_greedy_choice_token_by_token(setup: Setup) -> None:
-    """A padded batch writes what picking the likeliest token of each problem alone, without a cache, writes."""
+    """A padded batch writes what picking the likeliest token of each problem alone, without a
+    cache, writes.
+    """
     config, model, tokenizer, problems = setup
     written = generate(model, tokenizer, config, problems, "test", Accelerator())
     for problem, text in zip(problems[:5], written[:5], strict=True):
@@ -43,7 +45,9 @@ def test_generation_is_the_greedy_choice_token_by_token(setup: Setup) -> None:
 
 
 def test_the_loss_is_the_answers_likelihood(setup: Setup) -> None:
-    """Nats of each problem in a batch are the sum of -log p over its answer's tokens alone, end of text included."""
+    """Nats of each problem in a batch are the sum of -log p over its answer's tokens alone, end of
+    text included.
+    """
     config, model, tokenizer, problems = setup
     scores = score(model, tokenizer, config, problems, "test", Accelerator())
     for problem, (nats, tokens) in zip(problems, scores, strict=True):
@@ -58,7 +62,9 @@ def test_the_loss_is_the_answers_likelihood(setup: Setup) -> None:
 
 
 def test_outcomes_belong_to_their_problems(setup: Setup) -> None:
-    """Sorting by length for speed does not mix up questions: outcomes come in the order of the problems."""
+    """Sorting by length for speed does not mix up questions: outcomes come in the order of the
+    problems.
+    """
     config, model, tokenizer, problems = setup
     outcomes = evaluate(model, tokenizer, config, problems, "test", Accelerator())
     assert [outcome.question for outcome in outcomes] == [problem.question for problem in problems]

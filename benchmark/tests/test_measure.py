@@ -17,8 +17,8 @@ Make = Callable[..., RunConfig]
 
 
 def test_the_pass_is_timed_from_the_first_item_to_the_end() -> None:
-    """What happens before the first item is asked for and after the last one was used up is not counted; what the reader does
-    with the items, and what it takes to make them, is.
+    """What happens before the first item is asked for and after the last one was used up is not
+    counted; what the reader does with the items, and what it takes to make them, is.
     """
 
     def items() -> Iterator[int]:
@@ -42,12 +42,14 @@ def test_the_pass_is_timed_from_the_first_item_to_the_end() -> None:
 def test_declared_macs_are_the_counted_ones(
     make_config: Make, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a whole model what FlopCounterMode sees is what a variant declares; one MAC more or less is an error with both."""
+    """On a whole model what FlopCounterMode sees is what a variant declares; one MAC more or less
+    is an error with both.
+    """
     config = make_config(row, targets=None, lr=0.01)
     model = load_model(config)
     adapter = attach_adapter(model, config, [])
     batch = collate([Example([5, 6, 7, 1], 2), Example([8, 1], 1)], pad=0)
     check_macs(model, adapter, batch)
     monkeypatch.setattr(type(adapter), "macs_per_token", adapter.macs_per_token + 1)
-    with pytest.raises(BenchmarkError, match=r"declared are .* counted"):
+    with pytest.raises(BenchmarkError, match=r"adds .* MACs for each token .* It declares"):
         check_macs(model, adapter, batch)

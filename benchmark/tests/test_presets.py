@@ -1,4 +1,4 @@
-"""The shipped presets: every row of each resolves, and the published costs come out at full size."""
+"""The shipped presets: every row resolves, and costs at full size are the published ones."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import lora_lite as ll
 import pytest
 import torch
 from lora_lite_benchmark.cli import main
-from lora_lite_benchmark.config import Preset, RunConfig, preset_names, resolve
+from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.models import load_model
+from lora_lite_benchmark.preset import Preset, preset_names, resolve
 from lora_lite_benchmark.results import load_results
 
 Make = Callable[..., RunConfig]
@@ -32,8 +33,10 @@ PUBLISHED = {
     "antipasto_ablate": (6_168, 49_152),
     "antipasto_mix": (104_448, 12_681_216),
 }
-"""Trainable parameters (as published where the method was: r (d_in + d_out) and so on, on 24 layers of 3584 -> 1024, IA3 on 12
-of 1024 -> 512) and MACs a token by the cheaper of a method's routes.
+"""Trainable parameters, and MACs a token by the cheaper of a method's routes.
+
+The parameters are as published where the method was: r (d_in + d_out) and so on, on 24 layers of
+3584 -> 1024, and for IA3 on 12 layers of 1024 -> 512.
 """
 
 
@@ -51,7 +54,9 @@ def full_size() -> ModuleType:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_row_of_every_preset_resolves(name: str) -> None:
-    """Its own rows, the rows that it has settings for, and every installed variant, in each of its arms."""
+    """Its own rows, the rows that it has settings for, and every installed variant, in each of its
+    arms.
+    """
     preset = Preset.load(name)
     assert preset.name == name
     own = [row for row in preset.rows if row != "all"]
@@ -64,7 +69,9 @@ def test_every_row_of_every_preset_resolves(name: str) -> None:
 
 
 def test_published_costs_come_out(full_size: ModuleType) -> None:
-    """On a model of Qwen3.5-0.8B's configuration, without weights, each installed variant's row costs what was published."""
+    """On a model of Qwen3.5-0.8B's configuration, without weights, each installed variant's row
+    costs what was published.
+    """
     costs = {
         name: (plan.parameters, plan.macs_per_token) for name, plan in full_size.plans().items()
     }
@@ -91,10 +98,10 @@ def test_an_extension_keeps_what_it_does_not_say() -> None:
 def test_an_unknown_arm_lists_the_known() -> None:
     """The error names the preset, and what it has."""
     with pytest.raises(
-        BenchmarkError, match="preset 'bnb' has no arm 'nf8'; it has: 'nf4', 'int8'"
+        BenchmarkError, match=r"preset 'bnb' has no arm 'nf8'\. Its arms are 'nf4', 'int8'"
     ):
         resolve(Preset.load("bnb"), "lora@nf8")
-    with pytest.raises(BenchmarkError, match="preset 'tiny' has no arm 'nf4'; it has: none"):
+    with pytest.raises(BenchmarkError, match=r"preset 'tiny' has no arm 'nf4'\. It has no arms"):
         resolve(Preset.load("tiny"), "lora@nf4")
 
 
@@ -123,7 +130,9 @@ def test_a_quantised_base_is_one(arm: str) -> None:
 
 
 def test_arms_are_run_side_by_side(tmp_path: Path) -> None:
-    """One command trains a variant on the plain base and on both quantised ones, each reloaded onto its own."""
+    """One command trains a variant on the plain base and on both quantised ones, each reloaded onto
+    its own.
+    """
     pytest.importorskip("bitsandbytes")
     small = [
         "--steps",
@@ -170,7 +179,9 @@ def test_a_probe_finds_what_is_wired_wrong(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A variant whose parameter gets no gradient passes as long as nothing looks; the probe says which parameter it is."""
+    """A variant whose parameter gets no gradient passes as long as nothing looks; the probe says
+    which parameter it is.
+    """
     from lora_lite_lora import LoRA
 
     model, data = arguments[:2], arguments[2:6]

@@ -1,4 +1,6 @@
-"""The report is one page that needs nothing else, says what the table says, and is no way in for what a model writes."""
+"""The report is one page that needs nothing else, says what the table says, and is no way in for
+what a model writes.
+"""
 
 import json
 import re
@@ -34,7 +36,9 @@ in_a_browser = pytest.mark.skipif(
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags, the cells of its table, the texts by class. Fails on tags that are not closed."""
+    """What a page holds: its tags, the cells of its table, the texts by class. Fails on tags that
+    are not closed.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -94,7 +98,9 @@ def report(results: list[Result]) -> str:
 
 
 def test_the_page_is_whole(report: str) -> None:
-    """Every tag is closed, and the page has the table's cells, three pictures, and the config of every run."""
+    """Every tag is closed, and the page has the table's cells, three pictures, and the config of
+    every run.
+    """
     page = Page(report)
     assert sum(tag == "svg" for tag, _ in page.tags) == 3
     assert len(page.texts["config"]) == 4
@@ -135,7 +141,9 @@ def test_the_page_needs_nothing_else(report: str) -> None:
 
 
 def test_pictures_do_not_share_ids(report: str) -> None:
-    """An id that occurs twice is the same drawing, made for the same thing: matplotlib names it by its content."""
+    """An id that occurs twice is the same drawing, made for the same thing: matplotlib names it by
+    its content.
+    """
     drawn: dict[str, str] = {}
     for svg in re.findall(r"<svg.*?</svg>", report, re.DOTALL):
         for found in re.finditer(
@@ -172,7 +180,9 @@ def _with_evil(results: list[Result]) -> list[Result]:
 
 
 def test_what_a_model_writes_stays_text(results: list[Result], report: str) -> None:
-    """Markup in predictions, questions, labels and paths is shown as it was written; no tag comes from it."""
+    """Markup in predictions, questions, labels and paths is shown as it was written; no tag comes
+    from it.
+    """
     page = Page(make_report(make_tables(_with_evil(results))))
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in Page(report).tags}
     assert page.texts["answer"] == [EVIL] * len(page.texts["answer"])
@@ -210,8 +220,12 @@ def test_a_browser_shows_the_table(results: list[Result], report: str, tmp_path:
 @in_a_browser
 @pytest.mark.parametrize("width", [500, 1280])
 def test_the_page_fits_the_window(report: str, tmp_path: Path, width: int) -> None:
-    """The page itself never scrolls sideways: what is wider scrolls within its own box. (No window is narrower than 500.)"""
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
+    """The page itself never scrolls sideways; what is wider scrolls within its own box.
+
+    Chromium opens no window that is narrower than 500 pixels.
+    """
+    width_in_title = "document.title = document.documentElement.scrollWidth + ' of ' + innerWidth"
+    probe = f"<script>{width_in_title}</script></body>"
     open_policy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report)
     document = _opened(open_policy.replace("</body>", probe), tmp_path, width)
     found = re.search(r"<title>(\d+) of (\d+)</title>", document)

@@ -1,4 +1,6 @@
-"""Standard errors and paired intervals: their symmetries, and that they cover what they claim to cover."""
+"""Standard errors and paired intervals: their symmetries, and that they cover what they claim to
+cover.
+"""
 
 import numpy as np
 import pytest
@@ -69,7 +71,9 @@ def test_the_base_is_compared_with_every_seed() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_interval_covers_the_true_difference(seeds: int) -> None:
-    """About 95 % of 200 simulated comparisons; questions differ in difficulty, seeds in luck (with one seed there is none)."""
+    """About 95 % of 200 simulated comparisons; questions differ in difficulty, seeds in luck (with
+    one seed there is none).
+    """
     rng, covered = np.random.default_rng(0), 0
     luck = 0.03 if seeds > 1 else 0.0
     for _ in range(200):

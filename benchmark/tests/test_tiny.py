@@ -1,11 +1,16 @@
-"""The embedded benchmark: the generator's promises, the shipped model's size, and what it can do before adaptation."""
+"""The embedded benchmark: the generator's promises, the shipped model's size, and what it can do
+before adaptation.
+"""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from lora_lite_benchmark.tiny import (
+    EDITION,
     MODEL_DIR,
     problems,
     test_problems,
@@ -58,9 +63,28 @@ def test_the_same_call_returns_the_same_problems() -> None:
 
 
 def test_the_first_test_problem_is_the_same_on_every_machine() -> None:
-    question = "Hana has 3 green buckets and 5 dry cartons of stamps. Hana sells 25 stamps. How many stamps does Hana have now?"
-    answer = "Each green bucket holds 8: 3*8=24\nEach dry carton holds 3: 5*3=15\n24+15=39\n39-25=14\n#### 14"
+    question = (
+        "Hana has 3 green buckets and 5 dry cartons of stamps. Hana sells 25 stamps. "
+        "How many stamps does Hana have now?"
+    )
+    answer = (
+        "Each green bucket holds 8: 3*8=24\n"
+        "Each dry carton holds 3: 5*3=15\n"
+        "24+15=39\n"
+        "39-25=14\n"
+        "#### 14"
+    )
     assert test_problems(1) == [{"question": question, "answer": answer}]
+
+
+def test_an_edition_is_always_the_same_problems() -> None:
+    """Configs name the problems by EDITION alone. If this fails, the problems have changed: give
+    them a new EDITION, and put their digest here.
+    """
+    problems = [train_problems(300), validation_problems(100), test_problems(100)]
+    digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+    editions = {"6e1a6cf71576a37aace798c23763cce0369fad291188e08c39f0c9fa5b78b2ce": "8adc023b"}
+    assert EDITION.startswith(editions[digest])
 
 
 def test_counts_and_columns() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lora_lite as ll
 import pytest
 import torch
-from lora_lite import Observer, Rng, Site, Tensors, TensorSpec, Variant
+from lora_lite.author import Observer, Rng, Site, Tensors, TensorSpec, Variant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -79,7 +79,10 @@ def test_statistics_are_those_of_the_base(blocks: Make) -> None:
 
 
 def test_padding_is_dropped(blocks: Make) -> None:
-    """Rows whose attention_mask is 0 do not count, whatever they hold; a mask of another shape is not one of rows."""
+    """Rows whose attention_mask is 0 do not count, whatever they hold.
+
+    A mask of heads, queries and keys that hides nothing keeps every row.
+    """
     x, mask = torch.randn(2, 4, 8), torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]])
     garbage = torch.where(mask[..., None] == 1, x, 1e6)
     seen = attach(blocks(), [{"x": garbage, "attention_mask": mask}])
@@ -92,7 +95,7 @@ def test_padding_is_dropped(blocks: Make) -> None:
 
 
 def test_padding_is_dropped_where_tokens_are_flat() -> None:
-    """Layers that are called with (batch · tokens, d) activations, as some models do, drop the same rows."""
+    """Layers that are called with (batch · tokens, d) activations drop the same rows."""
 
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -104,14 +107,8 @@ def test_padding_is_dropped_where_tokens_are_flat() -> None:
             return out
 
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    assert (
-        int(
-            attach(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": mask}])["layers.0"][
-                "rows"
-            ]
-        )
-        == 4
-    )
+    seen = attach(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": mask}])
+    assert int(seen["layers.0"]["rows"]) == 4
 
 
 def test_every_form_of_batch(blocks: Make) -> None:
@@ -138,7 +135,7 @@ def test_every_form_of_batch(blocks: Make) -> None:
 
 
 def test_nothing_is_kept_of_a_batch(blocks: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass, one batch at a time: when the next is drawn, the activations of the one before are gone."""
+    """One pass, one batch at a time: the activations of a batch are gone when the next is drawn."""
     observers: list[Sums] = []
     monkeypatch.setattr(
         Mean, "observe", lambda _, site: observers.append(Sums(site)) or observers[-1]

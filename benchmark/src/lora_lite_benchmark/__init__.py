@@ -1,6 +1,18 @@
-"""Trains every lora-lite variant on question/answer data, tests it on word problems, and prints one table.
+"""Trains lora-lite variants on questions and answers, and tests them on word problems.
 
-The protocol, in the order in which a run takes it: `config` (what is run), `data` (questions and answers), `train` (the
-loop), `evaluate` (exact match and loss), `measure` (time and memory), `verify` (the saved file is the trained adapter),
-`results` (one JSON file a run), `table` and `plot` (what a reader sees). `run` puts them together, `cli` is the command.
+The modules in the order of the protocol:
+
+    config, preset      what is run
+    data                questions and answers
+    models, variants    the base and the adapter
+    train               the loop
+    evaluate            exact match and loss
+    measure             time and memory
+    verify              the saved file is the trained adapter
+    run                 the protocol: all of the above for one row
+    series              many rows
+    results             one JSON file for each run
+    rows, stats         the runs of a row, and how sure its figures are
+    table, plot, report what a reader sees
+    cli                 the command
 """

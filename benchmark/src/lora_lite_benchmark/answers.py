@@ -1,8 +1,13 @@
 """The final number of an answer, and whether two answers agree.
 
-Three rules, the first that finds a number wins: the number after `####` (GSM8K), the number after `The answer is`
-(MetaMathQA), the last number of the text. The *first* marker counts: what a base model writes after its answer is another
-question. Numbers are compared as decimals, so `18`, `$18.00` and `18.` agree.
+The final number of a text is, by the first rule that finds one:
+
+1. the number after `####`, as in GSM8K,
+2. the number after `The answer is`, as in MetaMathQA,
+3. the last number of the text.
+
+Of several markers the first counts, because a base model that has answered often goes on with
+another question. Numbers are compared as decimals, so `18`, `$18.00` and `18.` agree.
 """
 
 import re
@@ -12,7 +17,8 @@ __all__ = ["final_number", "is_correct"]
 
 NUMBER = re.compile(
     r"""
-    (?:(?<![\w.)\]%])(?P<before>[-−+]))?      # a sign, unless it is an operator: the minus of 5-3, 5%-3 or (4)-3
+    # A sign, unless it is an operator, as the minus of 5-3, 5%-3 or (4)-3 is.
+    (?:(?<![\w.)\]%])(?P<before>[-−+]))?
     [$€£¥]?
     (?P<after>(?<=[$€£¥])[-−+])?              # $-5 as well as -$5
     (?P<digits>
@@ -29,7 +35,10 @@ METAMATH_MARKER = re.compile(r"the answer is:?([^\n]*)", re.IGNORECASE)
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that `text` gives as its answer; None if it holds no number. Fractions and exponents are not read."""
+    """The number that `text` gives as its answer; None if it holds no number.
+
+    Fractions and exponents are not read.
+    """
     for marker in (GSM8K_MARKER, METAMATH_MARKER):
         if (found := marker.search(text)) and (numbers := _numbers(found[1])):
             return numbers[0]
@@ -38,7 +47,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def is_correct(generated: str, reference: str) -> bool:
-    """Whether `generated` ends in the number that `reference` ends in; without a number there, never."""
+    """Whether both texts have the same final number. Never, if `reference` has none."""
     expected = final_number(reference)
     return expected is not None and final_number(generated) == expected
 

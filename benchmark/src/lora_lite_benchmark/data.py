@@ -1,7 +1,8 @@
 """Questions and answers, and the tensors that a model sees of them.
 
-A row has the columns of MetaMathQA (`query`, `response`) or of GSM8K (`question`, `answer`); both serve for training and
-for testing. An example is the prompt's tokens, then the answer's, then the end-of-text token; the loss counts the last two.
+A row has the columns of MetaMathQA (`query`, `response`) or of GSM8K (`question`, `answer`); both
+serve for training and for testing. An example is the tokens of the prompt, then those of the
+answer, then the end-of-text token. The loss counts the last two.
 """
 
 import functools
@@ -27,9 +28,14 @@ __all__ = [
     "training_examples",
 ]
 
-FORMATS = (("query", "response"), ("question", "answer"))
+COLUMNS = (("query", "response"), ("question", "answer"))
+"""The names of the two columns in MetaMathQA and in GSM8K."""
+
 IGNORED = -100
-"""The label of a position that is no part of an answer."""
+"""The label of a position that is not part of an answer."""
+
+TINY_TRAINING_ROWS = 10_000
+"""How many embedded training problems are made if the source does not say."""
 
 
 class Problem(NamedTuple):
@@ -38,18 +44,21 @@ class Problem(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One problem as token ids: `ids` is prompt, answer, end of text; the answer starts at `start`."""
+    """One problem as token ids: prompt, answer, end of text. The answer starts at index `start`."""
 
     ids: list[int]
     start: int
 
 
 class Batch(NamedTuple):
-    """Examples padded on the right: three tensors of (rows, tokens)."""
+    """Examples padded on the right: three tensors of shape (rows, tokens).
+
+    `labels` holds the token ids of the answers and IGNORED elsewhere.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
-    labels: Tensor  # the token ids of answers, IGNORED elsewhere
+    labels: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device) for tensor in self))
@@ -59,85 +68,109 @@ class Batch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
-@functools.lru_cache(maxsize=3)  # train, validation and test are those of all rows of a command
+# Three, because all rows of a command share their training, validation and test problems.
+@functools.lru_cache(maxsize=3)
 def load_problems(source: Source) -> list[Problem]:
-    """The rows of `source`, in order. Raises BenchmarkError naming the file or dataset and the columns it has."""
+    """The problems of `source`, in order.
+
+    Raises BenchmarkError if it cannot be read, has no such rows, has other columns, or has a row
+    without text.
+    """
     rows = _tiny_rows(source) if source.path == TINY else _dataset(source)
-    chosen = range(len(rows))[
-        source.start : None if source.count is None else source.start + source.count
-    ]
+    stop = None if source.count is None else source.start + source.count
+    chosen = range(len(rows))[source.start : stop]
     if not chosen:
-        raise BenchmarkError(f"{source.path}: no rows from {source.start} on; it has {len(rows)}")
+        raise BenchmarkError(
+            f"{source.path} has no rows from number {source.start} on",
+            expected=f"It has {len(rows)} rows",
+        )
     rows = [rows[index] for index in chosen] if isinstance(rows, list) else rows.select(chosen)
     question, answer = _columns(source, list(rows[0]))
     problems = [Problem(row[question], row[answer]) for row in rows]
     for number, problem in enumerate(problems, start=source.start):
         if not all(isinstance(text, str) and text.strip() for text in problem):
             raise BenchmarkError(
-                f"{source.path}: row {number} has no text in {question!r} or in {answer!r}"
+                f"row {number} of {source.path} has no text",
+                expected=f"Both of its columns {question!r} and {answer!r} must hold text",
             )
     return problems
 
 
 def _columns(source: Source, given: Sequence[str]) -> tuple[str, str]:
-    for question, answer in FORMATS:
+    """The names of the question's and the answer's column."""
+    for question, answer in COLUMNS:
         if question in given and answer in given:
             return question, answer
-    expected = " or ".join(f"`{question}` and `{answer}`" for question, answer in FORMATS)
     raise BenchmarkError(
-        f"{source.path}: columns are {', '.join(map(repr, given))}; expected {expected}"
+        f"{source.path} has the columns {', '.join(map(repr, given))}",
+        expected="Expected `query` and `response`, or `question` and `answer`",
     )
 
 
 def _tiny_rows(source: Source) -> list[dict[str, str]]:
     stop = None if source.count is None else source.start + source.count
     if source.split == "train":
-        return tiny.train_problems(stop or 10_000)
+        return tiny.train_problems(stop or TINY_TRAINING_ROWS)
     make = tiny.validation_problems if source.split == "validation" else tiny.test_problems
     return make(stop) if stop else make()
 
 
 def _dataset(source: Source) -> Any:
     """A `datasets.Dataset`, from a JSON-lines file or from the hub."""
+    is_file = source.sha256 is not None
+    if not is_file and source.path.endswith((".json", ".jsonl")):
+        raise BenchmarkError(
+            f"there is no file {source.path}",
+            expected="Questions and answers come from a JSON-lines file, `tiny`, or the hub",
+        )
+
     import datasets
 
     datasets.disable_progress_bars()
-    if source.sha256 is None and source.path.endswith((".json", ".jsonl")):
-        raise BenchmarkError(f"{source.path}: there is no such file")
     try:
-        if source.sha256 is not None:
+        if is_file:
             return datasets.load_dataset("json", data_files=source.path, split="train")
         return datasets.load_dataset(source.path, source.name, split=source.split)
-    except (
-        Exception
-    ) as error:  # datasets raises a dozen unrelated classes, down to pyarrow's and aiohttp's
-        raise BenchmarkError(f"{source.path}: {_why(source, error)}") from error
+    # It raises a dozen unrelated classes, down to those of pyarrow and aiohttp.
+    except Exception as error:
+        raise (_file_error if is_file else _hub_error)(source.path, error) from error
 
 
-def _why(source: Source, error: Exception) -> str:
-    if source.sha256 is not None:
-        with open(source.path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    json.loads(line)
-                except json.JSONDecodeError as problem:
-                    return f"line {number} is not JSON ({problem.msg}); expected one JSON object a line"
-    what = (
-        "cannot be read"
-        if source.sha256
-        else "is neither a file here nor a dataset of the hub that can be reached"
+def _file_error(path: str, error: Exception) -> BenchmarkError:
+    """Names the first line that is not JSON, if that is the reason."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                json.loads(line)
+            except json.JSONDecodeError as problem:
+                return BenchmarkError(
+                    f"line {number} of {path} is not JSON: {problem.msg}",
+                    expected="Every line must be a JSON object",
+                )
+    return BenchmarkError(f"{path} cannot be read: {_first_line(error)}")
+
+
+def _hub_error(path: str, error: Exception) -> BenchmarkError:
+    return BenchmarkError(
+        f"{path} is neither a file here nor a dataset of the hub that can be reached: "
+        f"{_first_line(error)}"
     )
-    return f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def training_examples(tokenizer: Any, config: RunConfig) -> tuple[list[Example], int]:
-    """The training rows as tokens, and how many were left out for being longer than `max_tokens`."""
+    """The training rows as tokens, and how many were left out as longer than `max_tokens`."""
     encoded = _encode_all(tokenizer, config.prompt, config.train)
     kept = [example for example in encoded if len(example.ids) <= config.max_tokens]
     if not kept:
         shortest = min(len(example.ids) for example in encoded)
         raise BenchmarkError(
-            f"{config.train.path}: no row fits max_tokens={config.max_tokens}; the shortest has {shortest} tokens"
+            f"no row of {config.train.path} fits max_tokens={config.max_tokens}",
+            expected=f"The shortest row has {shortest} tokens",
         )
     return kept, len(encoded) - len(kept)
 
@@ -153,13 +186,18 @@ def prompt_ids(tokenizer: Any, prompt: str, problem: Problem) -> list[int]:
 
 
 def encode(tokenizer: Any, prompt: str, problem: Problem) -> Example:
-    """Prompt and answer are tokenised apart, so that the prompt is the one that generation starts from."""
+    """The tokens of one problem.
+
+    Prompt and answer are tokenised apart, so that generation starts from the very prompt that the
+    model was trained on.
+    """
     start = prompt_ids(tokenizer, prompt, problem)
     answer: list[int] = tokenizer(f" {problem.answer}", add_special_tokens=False).input_ids
     return Example([*start, *answer, tokenizer.eos_token_id], len(start))
 
 
 def collate(examples: Iterable[Example], pad: int) -> Batch:
+    """A batch of the examples, padded with `pad` to the longest of them."""
     rows = list(examples)
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad)

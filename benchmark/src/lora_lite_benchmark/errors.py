@@ -1,7 +1,13 @@
-"""The one error that a user's mistake raises: its text says what was given, what was expected, and the way out."""
+"""The one error that the benchmark itself raises."""
+
+from lora_lite import LoraLiteError
 
 __all__ = ["BenchmarkError"]
 
 
-class BenchmarkError(Exception):
-    """Shown by the command as one line, without a traceback."""
+class BenchmarkError(LoraLiteError):
+    """A run cannot be planned, done or trusted.
+
+    `problem` says what happened, `expected` what would have been right, `fix` what to do. The
+    command prints them without a traceback.
+    """

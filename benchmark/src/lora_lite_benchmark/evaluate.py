@@ -1,4 +1,4 @@
-"""How good a model is: exact match of the final number, and the loss of the reference answer in nats per token."""
+"""How good a model is: exact match of the final number, and the loss of the reference answer."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,21 +25,26 @@ def evaluate(
     name: str,
     accelerator: Accelerator,
 ) -> list[Outcome]:
-    """The outcome of every problem, in order, in every process. `model` is in eval mode, and still is afterwards."""
+    """The outcome of every problem, in order, in every process. `model` must be in eval mode."""
     texts = generate(model, tokenizer, config, problems, name, accelerator)
     scores = score(model, tokenizer, config, problems, name, accelerator)
     return [
-        Outcome(
-            question=problem.question,
-            reference=str(final_number(problem.answer)),
-            prediction=text,
-            number=None if (number := final_number(text)) is None else str(number),
-            correct=is_correct(text, problem.answer),
-            nats=loss,
-            tokens=tokens,
-        )
+        _outcome(problem, text, loss, tokens)
         for problem, text, (loss, tokens) in zip(problems, texts, scores, strict=True)
     ]
+
+
+def _outcome(problem: Problem, text: str, loss: float, tokens: int) -> Outcome:
+    number = final_number(text)
+    return Outcome(
+        question=problem.question,
+        reference=str(final_number(problem.answer)),
+        prediction=text,
+        number=None if number is None else str(number),
+        correct=is_correct(text, problem.answer),
+        nats=loss,
+        tokens=tokens,
+    )
 
 
 @torch.no_grad()
@@ -51,7 +56,9 @@ def generate(
     name: str,
     accelerator: Accelerator,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, until its end of text or `max_new_tokens`."""
+    """What the model writes after each prompt, greedily, up to its end of text or to
+    `max_new_tokens`.
+    """
     from transformers import GenerationConfig
 
     greedy = GenerationConfig(
@@ -69,14 +76,12 @@ def generate(
             attention_mask=mask.to(model.device),
             generation_config=greedy,
         )
-        texts: list[str] = tokenizer.batch_decode(
-            written[:, ids.shape[1] :], skip_special_tokens=True
-        )
+        new_tokens = written[:, ids.shape[1] :]
+        texts: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return texts
 
-    return in_shards(
-        _batches(map(len, prompts), config.eval_batch_size), write, accelerator, f"{name}: generate"
-    )
+    batches = _batches(map(len, prompts), config.eval_batch_size)
+    return in_shards(batches, write, accelerator, f"{name}: generate")
 
 
 @torch.no_grad()
@@ -88,16 +93,14 @@ def score(
     name: str,
     accelerator: Accelerator,
 ) -> list[tuple[float, int]]:
-    """Of each problem: the nats of its reference answer under the model, and how many tokens that answer has."""
+    """For each problem, the nats of its reference answer and how many tokens that answer has."""
     examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
 
     def weigh(rows: list[int]) -> list[tuple[float, int]]:
         chosen = [examples[row] for row in rows]
-        sums = nats(model, collate(chosen, tokenizer.pad_token_id).to(model.device)).tolist()
-        return [
-            (loss, len(example.ids) - example.start)
-            for loss, example in zip(sums, chosen, strict=True)
-        ]
+        losses = nats(model, collate(chosen, tokenizer.pad_token_id).to(model.device)).tolist()
+        tokens = [len(example.ids) - example.start for example in chosen]
+        return list(zip(losses, tokens, strict=True))
 
     batches = _batches((len(example.ids) for example in examples), config.eval_batch_size)
     return in_shards(batches, weigh, accelerator, f"{name}: loss")
@@ -119,13 +122,17 @@ def nats(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _batches(lengths: Iterable[int], size: int) -> list[list[int]]:
-    """Indices in batches of like length (less padding), the longest first (memory runs out early or never)."""
-    order = [index for index, _ in sorted(enumerate(lengths), key=lambda pair: -pair[1])]
+    """Indices in batches of similar length, which need little padding.
+
+    The longest come first: if memory runs out, it does so at once.
+    """
+    by_length = sorted(enumerate(lengths), key=lambda pair: -pair[1])
+    order = [index for index, _ in by_length]
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _pad_left(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, each (rows, tokens), ending where generation starts."""
+    """Token ids and attention mask, each (rows, tokens). All rows end where generation starts."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -1,14 +1,15 @@
-"""The figures of a row, by name: one flat record, which CSV and JSON hold whole and the table shows in part.
+"""The figures of a row: one flat record, of which CSV and JSON hold all and the table shows a part.
 
-Accuracies are shares of 1, losses nats per answer token, `_error` one standard error, `_low` and `_high` the ends of a 95 %
-interval, times in the unit that the name ends in. None: does not apply.
+Accuracies are shares of 1 and losses are in nats per answer token. `_error` is one standard error,
+`_low` and `_high` are the ends of a 95 % interval, and times are in the unit that the name ends in.
+None means that a figure does not apply to the row.
 """
 
 from itertools import combinations
 
 from lora_lite_benchmark.results import Measurements
 from lora_lite_benchmark.rows import REFERENCE, Group, Row
-from lora_lite_benchmark.stats import Comparison, Scores
+from lora_lite_benchmark.stats import Comparison, Difference, Scores
 
 __all__ = ["UNQUANTISED", "Figures", "figures", "separated_by_loss_alone"]
 
@@ -18,8 +19,12 @@ UNQUANTISED = "unquantised"
 
 
 def figures(row: Row, group: Group) -> Figures:
-    """Everything there is to say about `row` in a line; the names are the same for every row."""
+    """All figures of `row`. The names are the same for every row."""
     config = row.config
+    rank = config.fields.get("r")
+    measured = {
+        name: row.measured(name) for name in Measurements.model_fields if name != "peak_memory_of"
+    }
     return {
         "label": config.label,
         "variant": config.variant,
@@ -27,16 +32,12 @@ def figures(row: Row, group: Group) -> Figures:
         "quantization": config.quantization,
         "runs": " ".join(run.config.folder for run in row.runs),
         "seeds": " ".join(map(str, row.seeds)) or None,
-        "r": None if (rank := config.fields.get("r")) is None else int(rank),
+        "r": None if rank is None else int(rank),
         "lr": None if row.is_base else config.lr,
         "steps": None if row.is_base else config.steps,
         **_quality("test", row.test),
         **_quality("validation", row.validation),
-        **{
-            name: row.measured(name)
-            for name in Measurements.model_fields
-            if name != "peak_memory_of"
-        },
+        **measured,
         "peak_memory_of": row.runs[0].measurements.peak_memory_of,
         **_difference(REFERENCE, row.against(group.reference(row))),
         **_difference(UNQUANTISED, row.against(group.unquantised(row))),
@@ -44,29 +45,38 @@ def figures(row: Row, group: Group) -> Figures:
 
 
 def _quality(split: str, scores: Scores | None) -> Figures:
-    names = [f"{split}_{name}" for name in ("accuracy", "accuracy_error", "loss", "loss_error")]
-    return dict(
-        zip(names, (*scores.accuracy, *scores.loss) if scores else (None,) * 4, strict=True)
-    )
+    return {
+        f"{split}_accuracy": scores.accuracy.value if scores else None,
+        f"{split}_accuracy_error": scores.accuracy.error if scores else None,
+        f"{split}_loss": scores.loss.value if scores else None,
+        f"{split}_loss_error": scores.loss.error if scores else None,
+    }
 
 
 def _difference(other: str, comparison: Comparison | None) -> Figures:
-    names = [
-        f"{name}_minus_{other}{end}"
-        for name in ("accuracy", "loss")
-        for end in ("", "_low", "_high")
-    ]
-    values = (*comparison.accuracy, *comparison.loss) if comparison else (None,) * 6
-    return dict(zip(names, values, strict=True))
+    """Accuracy and loss of the row minus those of `other`, each with the ends of its interval."""
+    found: Figures = {}
+    for name in ("accuracy", "loss"):
+        difference: Difference | None = getattr(comparison, name, None)
+        column = f"{name}_minus_{other}"
+        found[column] = difference.value if difference else None
+        found[f"{column}_low"] = difference.low if difference else None
+        found[f"{column}_high"] = difference.high if difference else None
+    return found
 
 
 def separated_by_loss_alone(group: Group) -> list[tuple[str, str]]:
-    """The labels of rows whose accuracies are not separable although their losses are, the base left out."""
-    pairs = combinations([row for row in group.rows if not row.is_base], 2)
-    compared = [(one.config.label, two.config.label, one.against(two)) for one, two in pairs]
-    found = [
-        (one, two)
-        for one, two, c in compared
-        if c is not None and c.loss.separable and not c.accuracy.separable
-    ]
-    return list(dict.fromkeys(found))
+    """The labels of two rows, for every pair of which the losses differ separably and the
+    accuracies do not. The base is left out.
+    """
+    trained = [row for row in group.rows if not row.is_base]
+    found: list[tuple[str, str]] = []
+    for one, two in combinations(trained, 2):
+        comparison = one.against(two)
+        if comparison is None:
+            continue
+        labels = (one.config.label, two.config.label)
+        by_loss_alone = comparison.loss.separable and not comparison.accuracy.separable
+        if by_loss_alone and labels not in found:
+            found.append(labels)
+    return found

@@ -1,6 +1,6 @@
-"""The rows without an adapter, in an adapter's clothes: every weight trained, or none.
+"""The two rows without an adapter: every weight trained, or none.
 
-They answer what `run` asks of an adapter, so that the protocol has no special cases.
+Both have the methods of an adapter, so that the protocol needs no special cases.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,10 @@ __all__ = ["BaseModel", "FullModel"]
 
 
 class FullModel:
-    """Full fine-tuning: the upper end of what an adapter could learn. Weight decay applies to matrices only."""
+    """Full fine-tuning, the most that an adapter could be expected to learn.
+
+    Weight decay applies to matrices only.
+    """
 
     macs_per_token = 0
     macs_per_forward = 0
@@ -47,7 +50,7 @@ class FullModel:
         ]
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to project."""
+        """Does nothing: no parameter is constrained."""
 
     def penalty(self) -> float:
         return 0.0
@@ -56,11 +59,11 @@ class FullModel:
         return nullcontext()
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Nothing is added to the model that could be switched off."""
+        """Does nothing: nothing was added to the model that could be switched off."""
         return nullcontext()
 
     def save(self, path: Path, *, derived: bool = True) -> None:
-        """All weights in one safetensors file; there are no derived ones to leave out."""
+        """Write all weights to one safetensors file. None of them are derived from others."""
         write_atomically(path, lambda temporary: save_model(self.model, str(temporary)))
 
     @staticmethod
@@ -69,7 +72,7 @@ class FullModel:
 
 
 class BaseModel(FullModel):
-    """The base as it is: nothing is trained, so nothing is counted."""
+    """The base as it is. Nothing is trained, so no parameters are counted."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False)

@@ -1,4 +1,7 @@
-"""Time and memory. Times are medians after warm-up, with the accelerator's queue drained before the clock is read."""
+"""Time and memory.
+
+Times are medians after a warm-up. The accelerator's queue is drained before the clock is read.
+"""
 
 import gc
 import resource
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lite_benchmark.data import Batch
 from lora_lite_benchmark.evaluate import nats
@@ -18,6 +21,7 @@ from lora_lite_benchmark.evaluate import nats
 __all__ = ["TimedPass", "peak_memory", "reset_peak_memory", "stopwatch", "synchronize", "time_step"]
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 MEMORY_STATUS = Path("/proc/self/status")
 MEMORY_RESET = Path("/proc/self/clear_refs")
@@ -26,9 +30,9 @@ MEMORY_RESET = Path("/proc/self/clear_refs")
 def time_step(
     model: nn.Module, batch: Batch, backward: bool, repeats: int = 7, warmup: int = 2
 ) -> tuple[float, float]:
-    """Median milliseconds of the forward (with the loss) and of the backward of `batch`; gradients are thrown away.
+    """Median milliseconds of the forward (with the loss) and of the backward of `batch`.
 
-    Without `backward` no graph is recorded and the second figure is 0.
+    Gradients are thrown away. Without `backward`, no graph is recorded and the second figure is 0.
     """
     device = batch.input_ids.device
     forwards, backwards = [], []
@@ -36,20 +40,27 @@ def time_step(
         for _ in range(warmup + repeats):
             seconds, loss = stopwatch(lambda: nats(model, batch).sum(), device)
             forwards.append(seconds)
-            backwards.append(stopwatch(loss.backward, device)[0] if backward else 0.0)
+            if backward:
+                seconds, _nothing = stopwatch(loss.backward, device)
+                backwards.append(seconds)
             model.zero_grad()
-    return 1000 * statistics.median(forwards[warmup:]), 1000 * statistics.median(backwards[warmup:])
+    forward_ms = 1000 * statistics.median(forwards[warmup:])
+    backward_ms = 1000 * statistics.median(backwards[warmup:]) if backward else 0.0
+    return forward_ms, backward_ms
 
 
 class TimedPass(Generic[Item]):
-    """An iterable that takes the time of the pass over it: from when the first item is asked for until there are no more.
+    """An iterable that measures the pass over it: from the moment when the first item is asked for
+    until there are no more.
 
-    Given to `attach` as calibration data, it tells the pass through the model from what comes before and after.
+    Given to `attach` as calibration data, it tells the pass through the model from what comes
+    before and after. `seconds` is None until the pass is over.
     """
 
     def __init__(self, items: Iterable[Item], device: torch.device) -> None:
-        self.items, self.device = items, device
-        self.seconds: float | None = None  # None: not passed over
+        self.items = items
+        self.device = device
+        self.seconds: float | None = None
 
     def __iter__(self) -> Iterator[Item]:
         synchronize(self.device)
@@ -59,17 +70,17 @@ class TimedPass(Generic[Item]):
         self.seconds = time.perf_counter() - start
 
 
-def stopwatch(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    """Seconds that `work` takes, and what it returns."""
+def stopwatch(work: Callable[[], Found], device: torch.device) -> tuple[float, Found]:
+    """The seconds that `work` takes, and what it returns."""
     synchronize(device)
     start = time.perf_counter()
-    result = work()
+    found = work()
     synchronize(device)
-    return time.perf_counter() - start, result
+    return time.perf_counter() - start, found
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that was asked of it."""
+    """Wait until `device` has done everything that it was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -77,7 +88,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak. Linux can do so for a process; elsewhere the process's peak is that of its whole life."""
+    """Start to look for a new peak.
+
+    Linux can do so for a process. On other systems the peak of a process is that of its whole life.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -87,13 +101,15 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> tuple[int, Literal["process", "accelerator"]]:
-    """The peak in bytes since the last reset, and whose it is: the "accelerator"'s tensors or the whole "process"."""
+    """The peak in bytes since the last reset, and whether it is of the tensors on the accelerator
+    or of the whole process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "accelerator"
     if MEMORY_STATUS.exists():
-        line = next(
-            line for line in MEMORY_STATUS.read_text().splitlines() if line.startswith("VmHWM:")
-        )
-        return int(line.split()[1]) * 1024, "process"
+        lines = MEMORY_STATUS.read_text().splitlines()
+        high_water_mark = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(high_water_mark.split()[1]) * 1024, "process"
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, other systems in kB.
     return usage if sys.platform == "darwin" else usage * 1024, "process"

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from the package, a local directory, or the hub."""
+"""The base model and its tokenizer: from the package, from a local directory, or from the hub."""
 
 import functools
 import importlib.util
@@ -9,42 +9,48 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lite_benchmark.config import TINY, RunConfig, model_digest
+from lora_lite_benchmark.config import TINY, RunConfig
 from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.files import model_digest
 from lora_lite_benchmark.tiny import MODEL_DIR
 
 __all__ = ["load_model", "load_tokenizer"]
 
+QUANTIZATION_PACKAGES = ("bitsandbytes", "lora_lite_bitsandbytes")
+
 
 def load_model(config: RunConfig, device: torch.device | str = "cpu") -> nn.Module:
-    """A fresh copy of the base, in eval mode. Raises BenchmarkError saying which path or id could not be loaded."""
+    """A fresh copy of the base, in eval mode. Raises BenchmarkError if it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if config.quantization != "none":
-        options |= {
-            "quantization_config": _quantization(config, options["dtype"]),
-            "device_map": {"": device},
-        }
+    quantized = config.quantization != "none"
+    if quantized:
+        options["quantization_config"] = _quantization(config, options["dtype"])
+        options["device_map"] = {"": device}
     model: nn.Module = _load(
         AutoModelForCausalLM, config.model, config.model_sha256, config.revision, **options
     )
-    return (model if config.quantization != "none" else model.to(device)).eval()
+    if not quantized:
+        model = model.to(device)
+    return model.eval()
 
 
 def _quantization(config: RunConfig, dtype: torch.dtype) -> Any:
-    """How transformers is told to quantise while it loads; 4-bit as in QLoRA, with quantised scales."""
+    """How transformers quantises while it loads. 4-bit bases have quantised scales, as in QLoRA
+    (Dettmers et al. 2023, arXiv:2305.14314).
+    """
     from transformers import BitsAndBytesConfig
 
-    for package in ("bitsandbytes", "lora_lite_bitsandbytes"):
+    for package in QUANTIZATION_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise BenchmarkError(
-                f"quantization={config.quantization}: {package} is missing; pip install lora-lite-bitsandbytes"
+                f"quantization is {config.quantization!r}, and {package} is not installed",
+                fix="Run pip install lora-lite-bitsandbytes",
             )
     if config.quantization == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-            logging.ERROR
-        )  # a line for every layer and forward
+        # It logs a line for every layer and forward.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -55,7 +61,10 @@ def _quantization(config: RunConfig, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The model's tokenizer; where it has no padding token, the end of text stands in (attention masks it)."""
+    """The model's tokenizer.
+
+    If it has no padding token, the end-of-text token takes its place; the attention mask hides it.
+    """
     return _tokenizer(config.model, config.model_sha256, config.revision)
 
 
@@ -66,7 +75,8 @@ def _tokenizer(model: str, digest: str | None, revision: str | None) -> Any:
     tokenizer = _load(AutoTokenizer, model, digest, revision)
     if tokenizer.eos_token_id is None:
         raise BenchmarkError(
-            f"{model}: the tokenizer has no end-of-text token; answers could not end"
+            f"the tokenizer of {model} has no end-of-text token",
+            expected="Without one, a model cannot end its answers",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,17 +84,23 @@ def _tokenizer(model: str, digest: str | None, revision: str | None) -> Any:
 
 
 def _load(kind: Any, model: str, digest: str | None, revision: str | None, **options: Any) -> Any:
+    """`kind.from_pretrained`, after checking that a local directory is what the config says."""
     path = str(MODEL_DIR) if model == TINY else model
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise BenchmarkError(
-            f"{path}: the directory holds no config.json; expected a model saved by save_pretrained"
+            f"the directory {path} holds no config.json",
+            expected="A local model is a directory written by save_pretrained",
         )
     if digest and digest != model_digest(Path(path)):
         raise BenchmarkError(
-            f"{path}: the model's files have changed since this run was planned; start it again"
+            f"the files of the model in {path} have changed since this run was planned",
+            fix="Start the command again",
         )
     try:
         return kind.from_pretrained(path, revision=revision or "main", **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BenchmarkError(f"model {path!r} cannot be loaded: {reason}") from error
+        message = str(error).strip() or type(error).__name__
+        raise BenchmarkError(
+            f"model {path!r} cannot be loaded",
+            expected=f"transformers says: {message.splitlines()[0]}",
+        ) from error

@@ -1,6 +1,10 @@
-"""Pictures of a group of rows: accuracy against trainable parameters, training curves, costs. As PNG or as inline SVG."""
+"""Pictures of a group of rows, as PNG or as inline SVG.
+
+They show accuracy against trainable parameters, training curves, and costs.
+"""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,16 +17,22 @@ from lora_lite_benchmark.rows import Group, Row
 __all__ = ["accuracy_svg", "costs_svg", "curves_svg", "save_plot"]
 
 WIDTH = 8.0  # inches
+HEIGHT = 5.5
 INK = "#010203"
-"""Lines and letters in SVG; replaced by `currentColor`, so that a page decides for light and dark."""
+"""The colour of lines and letters. In SVG it becomes `currentColor`, which a page can set for its
+light and its dark theme."""
 
 STYLE = {
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "lora-lite",  # the same picture, the same bytes
+    # Letters stay letters instead of becoming paths.
+    "svg.fonttype": "none",
+    # The same picture gives the same bytes.
+    "svg.hashsalt": "lora-lite",
     "text.parse_math": False,
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    ),
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 CURVE_POINTS = 40
 LABEL_CHARACTERS = 48
@@ -33,31 +43,32 @@ Draw = Callable[[Any, Group], None]
 def save_plot(groups: Sequence[Group], path: Path) -> None:
     """Write accuracy against parameters as PNG, one panel for each group.
 
-    Raises BenchmarkError if no row has parameters: the axis would be empty.
+    Raises BenchmarkError if no row has trainable parameters.
     """
     drawn = [group for group in groups if any(row.measured("parameters") for row in group.rows)]
     if not drawn:
         raise BenchmarkError(
-            "there is nothing to draw: no row with trainable parameters has finished"
+            "there is nothing to draw",
+            expected="The picture shows rows with trainable parameters, and none has finished",
         )
-    figure = _figure(WIDTH * len(drawn), 5.5)
-    for axes, group in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    figure = _figure(WIDTH * len(drawn), HEIGHT)
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, group in zip(panels, drawn, strict=True):
         _draw_accuracy(axes, group)
-        axes.set_title(
-            f"{Path(group.rows[0].config.model).name}: accuracy ± one standard error", fontsize=10
-        )
+        model = Path(group.rows[0].config.model).name
+        axes.set_title(f"{model}: accuracy ± one standard error", fontsize=10)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def accuracy_svg(group: Group) -> str:
     """Accuracy against trainable parameters, each row with one standard error."""
-    return _svg(group, _draw_accuracy, 5.5)
+    return _svg(group, _draw_accuracy)
 
 
 def curves_svg(group: Group) -> str:
     """The training loss of every row, its mean over the seeds and over stretches of the run."""
-    return _svg(group, _draw_curves, 5.5)
+    return _svg(group, _draw_curves)
 
 
 def costs_svg(group: Group) -> str:
@@ -72,11 +83,11 @@ def costs_svg(group: Group) -> str:
         return _inline(figure)
 
 
-def _svg(group: Group, draw: Draw, height: float) -> str:
+def _svg(group: Group, draw: Draw) -> str:
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
-        figure = _figure(WIDTH, height)
+        figure = _figure(WIDTH, HEIGHT)
         axes = figure.subplots()
         draw(axes, group)
         longest = max(len(_label(row)) for row in group.rows)
@@ -99,7 +110,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _inline(figure: Any) -> str:
-    """The `<svg>` element alone, without ids that a second picture on the same page would repeat."""
+    """The `<svg>` element alone, without ids, which a second picture on the page would repeat."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
@@ -142,7 +153,7 @@ def _draw_curves(axes: Any, group: Group) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10, … written out, on an axis with a logarithmic scale."""
+    """Label a logarithmic axis with 1, 2, 5, 10 and so on, written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -151,17 +162,18 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def _curve(row: Row) -> tuple[list[float], list[float]]:
-    """Steps and losses: one point for each of at most 40 stretches of the run, the mean over it and over the seeds."""
+    """Steps and losses for at most CURVE_POINTS stretches of the run.
+
+    Each is the mean over the stretch and over the seeds.
+    """
     curves = [run.curve for run in row.runs]
-    size = -(-len(curves[0]) // CURVE_POINTS)
-    stretches = [
-        [curve[start : start + size] for curve in curves]
-        for start in range(0, len(curves[0]), size)
-    ]
-    points = [[point for part in stretch for point in part] for stretch in stretches]
-    return [_mean([point.step for point in part]) for part in points], [
-        _mean([point.loss for point in part]) for part in points
-    ]
+    length = math.ceil(len(curves[0]) / CURVE_POINTS)
+    steps, losses = [], []
+    for start in range(0, len(curves[0]), length):
+        stretch = [point for curve in curves for point in curve[start : start + length]]
+        steps.append(_mean([point.step for point in stretch]))
+        losses.append(_mean([point.loss for point in stretch]))
+    return steps, losses
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -188,13 +200,13 @@ def _draw_memory(axes: Any, group: Group) -> None:
 
 
 def _label(row: Row) -> str:
-    """The row's name, cut where it would leave no room for the picture."""
+    """The row's name, cut if it would leave no room for the picture."""
     name = row.config.label
     return name if len(name) <= LABEL_CHARACTERS else f"{name[: LABEL_CHARACTERS - 1]}…"
 
 
 def _coloured(group: Group) -> list[tuple[Row, Any]]:
-    """Every row with its colour, the same in all pictures; they repeat after twenty."""
+    """Every row with its colour, the same in all pictures. After twenty rows colours repeat."""
     import matplotlib as mpl
 
     colors = mpl.color_sequences["tab20"]

@@ -1,8 +1,10 @@
-"""What several processes, started by `accelerate launch`, do together. With one process each of these does the plain thing.
+"""What several processes, started by `accelerate launch`, do together.
 
-Every process holds the whole model and all data, and takes its rows of every batch. Gradients of the adapter are summed after
-the last backward of a step, so no wrapper is around the model, and a parameter that gets no gradient in one process is no
-special case. Files are the main process's alone: no file system needs to be shared.
+With a single process, each function here does the plain thing. Every process holds the whole model
+and all data, and takes its rows of every batch. The gradients of the adapter are summed after the
+last backward of a step. The model therefore needs no wrapper, and a parameter that gets no gradient
+in one of the processes is not a special case. Only the main process reads and writes files, so the
+processes need no common file system.
 """
 
 import os
@@ -34,50 +36,69 @@ T = TypeVar("T")
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks, by what the launcher says: known before anything is started."""
+    """Whether this process is the one that prints and writes.
+
+    The launcher says so in the environment, which can be read before anything is set up.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def share(batch_size: int) -> Accelerator:
-    """The part of this process in a run. Raises BenchmarkError for a launch that would not train what one process trains."""
+    """The place of this process among the processes of the run.
+
+    Raises BenchmarkError if these processes would not train what one process trains.
+    """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+    processes = accelerator.num_processes
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != launched:
         raise BenchmarkError(
-            f"launched as {os.environ['WORLD_SIZE']} processes, of which accelerate sees {accelerator.num_processes}; they "
-            "would all do the same"
+            f"{launched} processes were launched, and accelerate sees {processes} of them",
+            expected="Processes that do not know of each other would all do the same work",
+            fix="Launch with --multi_gpu, also where there are only CPUs",
         )
     if accelerator.distributed_type in SHARDED:
         raise BenchmarkError(
-            f"started with {accelerator.distributed_type.value}: every process holds the whole base here; launch without it"
+            f"the processes were launched with {accelerator.distributed_type.value}",
+            expected="Every process of the benchmark holds the whole base",
+            fix="Launch with --multi_gpu alone",
         )
-    if accelerator.num_processes > batch_size:
+    if processes > batch_size:
         raise BenchmarkError(
-            f"{accelerator.num_processes} processes cannot share a batch_size of {batch_size}; start fewer"
+            f"{processes} processes cannot share a batch_size of {batch_size}",
+            expected="Every process needs at least one row of each batch",
+            fix="Start fewer processes, or use a larger batch_size",
         )
     return accelerator
 
 
 def stop() -> None:
-    """Leave the group of processes, if there is one."""
+    """Leave the group of processes if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns in the main process, in every process; what it raises there is raised in every process."""
+    """Do `work` in the main process, and return what it returns in every process.
+
+    If it raises an error, every process raises one: the main process the error itself, the others a
+    BenchmarkError that quotes it.
+    """
     if accelerator.num_processes == 1:
         return work()
-    sent: list[T | str | None] = [None, None]
+    result: T | None = None
     failure: Exception | None = None
+    message: str | None = None
     if accelerator.is_main_process:
         try:
-            sent[0] = work()
+            result = work()
         except Exception as error:
-            failure, sent[1] = error, f"in the main process: {type(error).__name__}: {error}"
-    result, message = broadcast_object_list(sent)
+            failure = error
+            message = f"the main process failed with {type(error).__name__}: {error}"
+    result, message = broadcast_object_list([result, message])
     if message is not None:
         raise failure or BenchmarkError(message)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def in_shards(
@@ -86,7 +107,10 @@ def in_shards(
     accelerator: Accelerator,
     title: str,
 ) -> list[T]:
-    """The values that `work` gives for batches of rows, in the order of the rows, in every process; a batch is one's work."""
+    """What `work` gives for each row, in the order of the rows, in every process.
+
+    Each process works on its share of the batches, and then all exchange what they found.
+    """
     own = batches[accelerator.process_index :: accelerator.num_processes]
     found: list[tuple[int, T]] = []
     for rows in tqdm(own, desc=title, leave=False, disable=not accelerator.is_main_process):
@@ -95,28 +119,38 @@ def in_shards(
 
 
 def same_start(adapter: object, accelerator: Accelerator) -> None:
-    """Every process gets the main one's tensors: decompositions may differ in the last bits from machine to machine."""
-    if accelerator.num_processes > 1 and isinstance(adapter, ll.Adapter):
-        adapter.load_state_dict(
-            on_main(accelerator, lambda: {key: t.cpu() for key, t in adapter.state_dict().items()})
-        )
+    """Give the adapter of every process the tensors of the main one.
+
+    The last bits of a decomposition may differ from machine to machine.
+    """
+    if accelerator.num_processes == 1 or not isinstance(adapter, ll.Adapter):
+        return
+    state = on_main(
+        accelerator, lambda: {key: tensor.cpu() for key, tensor in adapter.state_dict().items()}
+    )
+    adapter.load_state_dict(state)
 
 
 @torch.no_grad()
 def sum_gradients(
     loss: float, parameters: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> float:
-    """Add up every parameter's gradient over the processes, in one message; return the sum of their losses."""
+    """Add up the losses and every parameter's gradient over the processes; return the loss.
+
+    One message holds all of it: the loss, for each parameter whether it has a gradient, and the
+    gradients. A parameter that has no gradient in any process keeps none.
+    """
     if accelerator.num_processes == 1:
         return loss
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    head = torch.tensor(
-        [loss, *(float(p.grad is not None) for p in parameters)], device=accelerator.device
-    )
-    summed = accelerator.reduce(
-        torch.cat([head, *(gradient.flatten().float() for gradient in gradients)]), "sum"
-    )
-    head, *parts = summed.split([len(head), *(p.numel() for p in parameters)])
+    has_gradient = [float(parameter.grad is not None) for parameter in parameters]
+    head = torch.tensor([loss, *has_gradient], device=accelerator.device)
+    gradients = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter in parameters
+    ]
+    message = torch.cat([head, *(gradient.flatten().float() for gradient in gradients)])
+    summed = accelerator.reduce(message, "sum")
+    head, *parts = summed.split([len(head), *(parameter.numel() for parameter in parameters)])
     for parameter, present, part in zip(parameters, head[1:].tolist(), parts, strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype) if present else None
     return float(head[0])

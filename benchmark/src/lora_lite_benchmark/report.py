@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the table, pictures, example answers, and the exact configs. Nothing is fetched."""
+"""One self-contained HTML page: the table, pictures, example answers and the exact configs."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -24,32 +24,31 @@ class Picture(NamedTuple):
 
 
 def make_report(tables: Sequence[Table]) -> str:
-    """The page. What models wrote, and every other text, is escaped; the pictures are the only markup put in as it is."""
+    """The page, which fetches nothing.
+
+    Every text is escaped, also what models wrote. Only the pictures go in as markup.
+    """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(
-        (files("lora_lite_benchmark") / TEMPLATE).read_text(encoding="utf-8")
-    )
+    source = (files("lora_lite_benchmark") / TEMPLATE).read_text(encoding="utf-8")
+    template = environment.from_string(source)
     return template.render(tables=tables, pictures=pictures, examples=examples, config=config)
 
 
 def pictures(group: Group) -> list[Picture]:
-    """Those that have something to show: a base alone has no parameters and no curve."""
+    """The pictures that have something to show. A base alone has no parameters and no curve."""
     costs = Picture("Time of one training batch, and memory.", Markup(costs_svg(group)))
     if all(row.is_base for row in group.rows):
         return [costs]
-    return [
-        Picture(
-            "Accuracy against trainable parameters, ± one standard error.",
-            Markup(accuracy_svg(group)),
-        ),
-        Picture(
-            "Training loss, mean over the seeds and over a fortieth of the run.",
-            Markup(curves_svg(group)),
-        ),
-        costs,
-    ]
+    accuracy = Picture(
+        "Accuracy against trainable parameters, ± one standard error.", Markup(accuracy_svg(group))
+    )
+    curves = Picture(
+        "Training loss, mean over the seeds and over a fortieth of the run.",
+        Markup(curves_svg(group)),
+    )
+    return [accuracy, curves, costs]
 
 
 def examples(row: Row) -> list[Outcome]:

@@ -1,6 +1,5 @@
-"""What a run leaves behind: one JSON file with the config, the versions, every outcome and every measurement."""
+"""What a run leaves behind: a JSON file with the config, versions, outcomes and measurements."""
 
-import json
 import math
 import os
 import platform
@@ -29,21 +28,39 @@ __all__ = [
 
 FILE = "result.json"
 
+COMPUTING = (
+    "lora-lite-benchmark",
+    "lora-lite-core",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+)
+"""The packages that have a part in the figures of every run."""
+
 
 class Outcome(Record):
-    """One problem's. `nats` is the reference answer's negative log likelihood, `tokens` its length."""
+    """What a model made of one problem.
+
+    Attributes:
+        reference: the final number of the reference answer.
+        prediction: what the model wrote.
+        number: the final number of that; None if it holds none.
+        nats: the negative log likelihood of the reference answer.
+        tokens: the length of the reference answer.
+    """
 
     question: str
     reference: str
     prediction: str
-    number: str | None  # None: the prediction holds no number
+    number: str | None
     correct: bool
     nats: float
     tokens: int
 
 
 class Split(Record):
-    """The outcomes on one set of problems, and what they sum up to."""
+    """The outcomes on one set of problems, and their means."""
 
     outcomes: tuple[Outcome, ...]
 
@@ -63,14 +80,16 @@ class Split(Record):
 
     @property
     def loss(self) -> float:
-        """Nats per answer token, every token counting the same."""
-        return sum(outcome.nats for outcome in self.outcomes) / sum(
-            outcome.tokens for outcome in self.outcomes
-        )
+        """Nats per answer token. Every token counts the same."""
+        tokens = sum(outcome.tokens for outcome in self.outcomes)
+        return sum(outcome.nats for outcome in self.outcomes) / tokens
 
 
 class Point(Record):
-    """One step of the training curve: the loss in nats per answer token, the gradient's norm before clipping."""
+    """One step of the training curve.
+
+    `loss` is in nats per answer token, `grad_norm` the norm of the gradient before clipping.
+    """
 
     step: int
     loss: float
@@ -79,34 +98,52 @@ class Point(Record):
 
 
 class Measurements(Record):
-    """Costs. None: does not apply to this row (the base has no backward, no file)."""
+    """What the row costs. None means that a figure does not apply: the base has no backward and no
+    file.
+
+    Attributes:
+        parameters: trainable scalars.
+        macs_per_token: multiply-accumulates that the adapter adds for each token.
+        macs_per_forward: those that it adds once for each forward.
+        forward_ms: of one training batch, the median.
+        backward_ms: likewise.
+        calibration_s: the pass of calibration data through the model. None also for variants that
+            need none.
+        init_s: attaching, without that pass.
+        train_s: in this process. A run that was resumed took longer as a whole.
+        peak_memory_of: whether the peak is of the whole process or of the accelerator's tensors.
+        slim_file_bytes: of the file without derived tensors. None also for variants that cannot
+            leave them out.
+    """
 
     parameters: int
     macs_per_token: int
     macs_per_forward: int
-    forward_ms: float  # median, one batch
+    forward_ms: float
     backward_ms: float | None
-    calibration_s: float | None = (
-        None  # the pass of calibration data; None also where the variant needs none
-    )
-    init_s: float | None  # attach without that pass
-    train_s: float | None  # in this process: less than the whole if the run was resumed
+    calibration_s: float | None = None
+    init_s: float | None
+    train_s: float | None
     peak_memory_bytes: int
     peak_memory_of: Literal["process", "accelerator"]
     file_bytes: int | None
-    slim_file_bytes: int | None  # without derived tensors, where the variant has any
+    slim_file_bytes: int | None
 
 
 class Result(Record):
-    """A complete run. `reloaded_identical`: the saved adapter, on a fresh base, gives the trained model's logits bit by
-    bit; None where nothing was trained.
+    """A complete run.
+
+    Attributes:
+        skipped_rows: training rows that were left out as longer than `max_tokens`.
+        reloaded_identical: whether the saved adapter, on a fresh base, gives the trained model's
+            logits bit for bit. None if nothing was trained.
     """
 
     hash: str
     config: RunConfig
     versions: dict[str, str]
     machine: dict[str, str | int]
-    skipped_rows: int  # training rows longer than max_tokens
+    skipped_rows: int
     measurements: Measurements
     reloaded_identical: bool | None
     test: Split | None
@@ -115,9 +152,9 @@ class Result(Record):
 
     @property
     def judged(self) -> Split:
-        """The outcomes on the test problems if it has them, else on the validation problems: a config has one of them."""
+        """The outcomes on the test problems, or on the validation problems if it has no others."""
         split = self.test or self.validation
-        assert split is not None
+        assert split is not None  # RunConfig asks for one of them
         return split
 
     def save(self, folder: Path) -> None:
@@ -125,15 +162,19 @@ class Result(Record):
 
     @classmethod
     def load(cls, folder: Path) -> "Result | None":
-        """The result in `folder`; None if there is none. Raises BenchmarkError for a file that is not a result."""
+        """The result in `folder`, or None if there is none.
+
+        Raises BenchmarkError if the file is not a result of this version.
+        """
         path = folder / FILE
         if not path.exists():
             return None
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (ValidationError, UnicodeDecodeError) as error:
+        except (ValidationError, UnicodeDecodeError, BenchmarkError) as error:
             raise BenchmarkError(
-                f"{path}: not a result of this version; delete its folder to run it again ({_line(error)})"
+                f"{path} is not a result of this version: {str(error).splitlines()[0]}",
+                fix="Delete its folder to run it again",
             ) from None
 
 
@@ -142,27 +183,23 @@ def load_results(out: Path) -> list[Result]:
     folders = sorted(path.parent for path in out.glob(f"*/{FILE}"))
     if not folders:
         raise BenchmarkError(
-            f"{out}: no finished run here; expected {out}/<variant>-<hash>/{FILE}, from `lora-lite-bench run --out {out}`"
+            f"there is no finished run in {out}",
+            expected=f"A run writes {out}/<variant>-<hash>/{FILE}",
+            fix=f"Start one with `lora-lite-bench run --out {out}`",
         )
     return [result for folder in folders if (result := Result.load(folder))]
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of Python, of what computes the numbers, and of `packages`."""
-    names = [
-        "lora-lite-benchmark",
-        "lora-lite-core",
-        "torch",
-        "transformers",
-        "datasets",
-        "accelerate",
-        *packages,
-    ]
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    """The versions of Python, of the packages that every run uses, and of `packages`."""
+    found = {"python": platform.python_version()}
+    for name in (*COMPUTING, *packages):
+        found[name] = metadata.version(name)
+    return found
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What the times were taken on."""
+    """The machine that the times were taken on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": device.type,
@@ -171,7 +208,3 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
     }
-
-
-def _line(error: Exception) -> str:
-    return json.dumps(str(error).splitlines()[0])

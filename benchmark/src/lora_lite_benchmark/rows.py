@@ -1,4 +1,7 @@
-"""Rows: the runs of one config, whatever their seeds. And groups: the rows that can be compared."""
+"""Rows and groups.
+
+A row is the runs of one config with any seeds. A group is the rows that can be compared.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -12,18 +15,22 @@ from lora_lite_benchmark.stats import Comparison, Scores, compare, scores_of
 __all__ = ["REFERENCE", "Group", "Row", "group_rows"]
 
 REFERENCE = "lora"
-"""The row that the others are compared with, on the same questions, on the same kind of base and with the same seeds."""
+"""The row that the others are compared with: on the same questions, on the same kind of base, and
+with the same seeds."""
+
+COMPARABLE = {"model", "model_sha256", "revision", "dtype", "prompt", "test", "validation"}
+"""The settings that rows must share to be compared."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The runs of one config, by seed. The base has one, which no seed changes."""
+    """The runs of one config in the order of their seeds. The base has one run, for all seeds."""
 
     runs: tuple[Result, ...]
 
     @property
     def config(self) -> RunConfig:
-        """The first run's: the others' but for the seed."""
+        """The config of the first run. The others differ from it in the seed alone."""
         return self.runs[0].config
 
     @property
@@ -44,9 +51,9 @@ class Row:
 
     @property
     def judged(self) -> Scores:
-        """On the test problems if it has them, else on the validation problems: a config has one of them."""
+        """The scores on the test problems, or on the validation problems if it has no others."""
         scores = self.test or self.validation
-        assert scores is not None
+        assert scores is not None  # RunConfig asks for one of them
         return scores
 
     def _scores(self, splits: list[Split | None]) -> Scores | None:
@@ -54,59 +61,62 @@ class Row:
         return scores_of(found, self.seeds or None) if found else None
 
     def measured(self, name: str) -> int | float | None:
-        """The median of a measurement over the runs, the lower one of two; None where it does not apply."""
-        values = [
-            value for run in self.runs if (value := getattr(run.measurements, name)) is not None
-        ]
+        """The median of a measurement over the runs; None if it does not apply to this row.
+
+        Of two runs it is the lower value, so that it is always one that was measured.
+        """
+        measurements = [getattr(run.measurements, name) for run in self.runs]
+        values = [value for value in measurements if value is not None]
         return statistics.median_low(values) if values else None
 
     def against(self, other: "Row | None") -> Comparison | None:
-        """The row minus the other; None without another, or without a seed in common."""
+        """The row minus the other; None if there is no other, or no seed that both have."""
         return None if other is None else compare(self.judged, other.judged)
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows on the same base model and the same questions: the base first, then by trainable parameters."""
+    """Rows on the same base model and the same questions.
+
+    The base comes first. The others are sorted by their number of trainable parameters.
+    """
 
     rows: tuple[Row, ...]
 
     def reference(self, row: Row) -> Row | None:
-        """The row that `row` is compared with; None for the reference itself, and where there is none."""
+        """The row to compare `row` with; None for the reference itself, or if it is absent."""
         for other in self.rows:
-            is_reference = other.config.label.partition("@")[0] == REFERENCE and other is not row
-            if is_reference and other.config.quantization == row.config.quantization:
+            name, _, _arm = other.config.label.partition("@")
+            same_base = other.config.quantization == row.config.quantization
+            if name == REFERENCE and same_base and other is not row:
                 return other
         return None
 
     def unquantised(self, row: Row) -> Row | None:
-        """The same row on the base that is not quantised; None for rows that are on it."""
+        """The same row on the base that is not quantised; None for a row on that base."""
         wanted = _identity(row.config.model_copy(update={"quantization": "none"}))
-        return next(
-            (
-                other
-                for other in self.rows
-                if other is not row and _identity(other.config) == wanted
-            ),
-            None,
-        )
+        for other in self.rows:
+            if other is not row and _identity(other.config) == wanted:
+                return other
+        return None
 
 
 def group_rows(results: Sequence[Result]) -> list[Group]:
-    """Results with equal configs but for the seed become a row; rows that can be compared, a group."""
-    rows: dict[str, list[Result]] = {}
+    """Make a row of results that differ in the seed alone, and a group of rows that can be
+    compared.
+    """
+    runs_of_a_row: dict[str, list[Result]] = {}
     for result in results:
-        rows.setdefault(_identity(result.config), []).append(result)
+        runs_of_a_row.setdefault(_identity(result.config), []).append(result)
     groups: dict[str, list[Row]] = {}
-    for runs in rows.values():
+    for runs in runs_of_a_row.values():
         row = Row(tuple(sorted(runs, key=lambda run: run.config.seed)))
-        same = {"model", "model_sha256", "revision", "dtype", "prompt", "test", "validation"}
-        groups.setdefault(row.config.model_dump_json(include=same), []).append(row)
-    return [Group(tuple(sorted(group, key=_order))) for group in groups.values()]
+        groups.setdefault(row.config.model_dump_json(include=COMPARABLE), []).append(row)
+    return [Group(tuple(sorted(rows, key=_order))) for rows in groups.values()]
 
 
 def _identity(config: RunConfig) -> str:
-    """The hash that all seeds of a row share."""
+    """A hash that does not depend on the seed: all runs of a row have the same."""
     return config.model_copy(update={"seed": 0}).hash
 
 

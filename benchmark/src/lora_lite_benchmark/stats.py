@@ -1,21 +1,27 @@
-"""How sure a figure is: standard errors, and intervals of differences between rows on the same questions.
+"""How sure a figure is: standard errors, and intervals of differences between rows.
 
-Accuracy and loss are one thing here, a ratio of sums over questions: right answers over questions, or nats over answer
-tokens. A row has such values for each seed and question, x of shape (seeds, questions); its figure is
-R = mean over seeds of Σᵢ xₛᵢ / Σᵢ wᵢ, with w = 1 for accuracy and w = tokens for the loss.
+Accuracy and loss are one thing here, a ratio of sums over questions: right answers over questions,
+or nats over answer tokens. A row has such values for each seed and question, x of shape
+(seeds, questions). Its figure is
 
-Two things vary. **Questions**: another test set would give another figure; the questions are the same for all seeds, and
-for both sides of a difference. **Seeds**: another seed would have trained another adapter. With deviations linearised,
-zₛᵢ = R + (xₛᵢ - R wᵢ) / mean(w), the variance of R is estimated as
+    R = meanₛ (Σᵢ xₛᵢ / Σᵢ wᵢ),    w = 1 for accuracy, w = tokens for the loss.
+
+Two things vary. **Questions**: another test set would give another figure. The questions are the
+same for all seeds, and for both sides of a difference. **Seeds**: another seed would have trained
+another adapter. With deviations linearised, zₛᵢ = R + (xₛᵢ - R wᵢ) / mean(w), the variance of R is
+estimated as
 
     var(R) = varᵢ(meanₛ z) / n + τ² / S,    τ² = max(0, varₛ(meanᵢ z) - varₛᵢ(residual) / n),
 
-where τ² is what the seeds' figures vary beyond what chance outcomes of single questions explain.
+where τ² is what the figures of the seeds vary beyond what chance outcomes of single questions
+explain.
 
-The interval of a difference is a paired bootstrap. Each resample draws n questions with replacement, the same for both rows
-and for all seeds, and takes the ratio of sums anew. With several seeds it also moves by τ / √S times a draw of Student's t
-with S - 1 degrees of freedom: three seeds are too few to be resampled (where seeds dominate, that covers 77 % and not 95 %).
-The 2.5th and 97.5th percentiles are the interval. Pigeonhole resampling of questions and seeds is Owen, arXiv:0712.1111.
+The interval of a difference is a paired bootstrap. Each resample draws n questions with
+replacement, the same for both rows and for all seeds, and takes the ratio of sums again. With
+several seeds it also moves by τ / √S times a draw of Student's t with S - 1 degrees of freedom.
+Seeds are not resampled, because three are too few for that: where they vary most, such an interval
+covers 77 % instead of 95 %. The 2.5th and 97.5th percentiles are the interval. Resampling questions
+and seeds by pigeonholes is from Owen, arXiv:0712.1111.
 """
 
 import functools
@@ -46,8 +52,10 @@ Array = NDArray[Any]
 
 
 class Estimate(NamedTuple):
+    """A figure with one standard error."""
+
     value: float
-    error: float  # one standard error
+    error: float
 
 
 class Difference(NamedTuple):
@@ -59,21 +67,30 @@ class Difference(NamedTuple):
 
     @property
     def separable(self) -> bool:
-        """Whether the interval leaves 0 out. Two rows with the same outcomes never are."""
+        """Whether the interval excludes 0. It never does for two rows with the same outcomes."""
         return not self.low <= 0 <= self.high
 
 
 class Comparison(NamedTuple):
+    """Two rows on the same questions and on the seeds that both have. The loss is in nats per
+    answer token.
+    """
+
     accuracy: Difference
-    loss: Difference  # nats per answer token
-    seeds: tuple[int, ...]  # those that both rows have
+    loss: Difference
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One row's outcomes: `correct` and `nats` of shape (seeds, questions), `tokens` of shape (questions,).
+    """The outcomes of one row.
 
-    `seeds` is None for a row that no seed changes, the base: it has one line of outcomes, which stands for every seed's.
+    Attributes:
+        seeds: None for the base, which no seed changes. Its one line of outcomes stands for all
+            seeds.
+        correct: 0 or 1, shape (seeds, questions).
+        nats: of the reference answers, shape (seeds, questions).
+        tokens: of the reference answers, shape (questions,).
     """
 
     seeds: tuple[int, ...] | None
@@ -96,7 +113,7 @@ class Scores:
 
 
 def scores_of(runs: Sequence[Sequence[Outcome]], seeds: tuple[int, ...] | None) -> Scores:
-    """The outcomes of the runs of one row on the same questions, one sequence for each of `seeds`."""
+    """The outcomes of one row's runs on the same questions. There is one run for each seed."""
     correct = np.array(
         [[outcome.correct for outcome in outcomes] for outcomes in runs], dtype=float
     )
@@ -106,39 +123,50 @@ def scores_of(runs: Sequence[Sequence[Outcome]], seeds: tuple[int, ...] | None) 
 
 
 def compare(row: Scores, reference: Scores) -> Comparison | None:
-    """`row` minus `reference` on the same questions and the seeds they share; None if they share no seed."""
-    given = [set(scores.seeds) for scores in (row, reference) if scores.seeds is not None]
-    seeds = tuple(sorted(set.intersection(*given))) if given else (0,)
+    """`row` minus `reference` on the same questions and on the seeds that both have.
+
+    None if they have no seed in common.
+    """
+    seeds = _common_seeds(row, reference)
     if not seeds:
         return None
-    (correct, nats), (other_correct, other_nats) = row.of(seeds), reference.of(seeds)
+    correct, nats = row.of(seeds)
+    reference_correct, reference_nats = reference.of(seeds)
     return Comparison(
-        difference(correct - other_correct, np.ones(len(row.tokens))),
-        difference(nats - other_nats, row.tokens),
-        seeds,
+        accuracy=difference(correct - reference_correct, np.ones(len(row.tokens))),
+        loss=difference(nats - reference_nats, row.tokens),
+        seeds=seeds,
     )
+
+
+def _common_seeds(row: Scores, reference: Scores) -> tuple[int, ...]:
+    given = [set(scores.seeds) for scores in (row, reference) if scores.seeds is not None]
+    if not given:
+        return (0,)  # both lines stand for any seed
+    return tuple(sorted(set.intersection(*given)))
 
 
 def estimate(values: Array, weights: Array) -> Estimate:
-    """The ratio of sums of `values`, shape (seeds, questions), to `weights`, shape (questions,), and its standard error.
+    """The ratio of the sum of `values` to the sum of `weights`, with its standard error.
 
-    For one seed's accuracy the error is the binomial √(p (1 - p) / n).
+    `values` has the shape (seeds, questions), `weights` the shape (questions,). For the accuracy of
+    one seed the error is the binomial √(p (1 - p) / n).
     """
     z = _linearised(values, weights)
-    return Estimate(
-        float(z.mean()), float(np.sqrt(z.mean(0).var() / z.shape[1] + _seed_variance(z)))
-    )
+    question_variance = z.mean(0).var() / z.shape[1]
+    error = np.sqrt(question_variance + _seed_variance(z))
+    return Estimate(float(z.mean()), float(error))
 
 
 def difference(values: Array, weights: Array) -> Difference:
-    """The same ratio for `values` that are differences between two rows, with its bootstrap interval."""
-    counts, draws = _resamples(len(weights)), _seed_draws(len(values))
+    """The same ratio with its bootstrap interval. `values` are differences between two rows."""
+    counts = _resamples(len(weights))
+    draws = _seed_draws(len(values))
     z = _linearised(values, weights)
     ratios = (counts @ values.mean(0)) / (counts @ weights)
     moves = np.sqrt(_seed_variance(z)) * draws
-    resampled = np.concatenate(
-        [ratios + moves, ratios - moves]
-    )  # both signs: swapping the rows mirrors the interval
+    # With both signs, swapping the two rows mirrors the interval exactly.
+    resampled = np.concatenate([ratios + moves, ratios - moves])
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(float(z.mean()), float(low), float(high))
 
@@ -150,7 +178,7 @@ def _linearised(values: Array, weights: Array) -> Array:
 
 
 def _seed_variance(z: Array) -> float:
-    """τ² / S; 0 with one seed, which says nothing about others."""
+    """τ² / S. It is 0 with one seed, which says nothing about others."""
     seeds, questions = z.shape
     if seeds == 1 or questions == 1:
         return 0.0
@@ -162,14 +190,21 @@ def _seed_variance(z: Array) -> float:
 
 @functools.lru_cache(maxsize=2)
 def _resamples(questions: int) -> Array:
-    """How often each resample draws each question, shape (RESAMPLES, questions). The same in every call."""
+    """How often each resample draws each question, shape (RESAMPLES, questions).
+
+    It is the same in every call, so that a table can be made again from the results.
+    """
     random = np.random.default_rng(questions)
-    draws = (random.integers(questions, size=questions) for _ in range(RESAMPLES))
-    return np.stack([np.bincount(draw, minlength=questions).astype(np.float32) for draw in draws])
+    counts = np.empty((RESAMPLES, questions), np.float32)
+    for resample in range(RESAMPLES):
+        drawn = random.integers(questions, size=questions)
+        counts[resample] = np.bincount(drawn, minlength=questions)
+    return counts
 
 
 @functools.lru_cache(maxsize=16)
 def _seed_draws(seeds: int) -> Array:
+    """A draw of Student's t for each resample."""
     if seeds == 1:
         return np.zeros(RESAMPLES)
     return np.random.default_rng(seeds).standard_t(seeds - 1, RESAMPLES)

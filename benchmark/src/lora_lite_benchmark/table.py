@@ -1,4 +1,7 @@
-"""The table that a reader sees: a row for each config, a table for each base model and set of questions."""
+"""The table that a reader sees.
+
+It has a row for each config. There is one table for each base model and set of questions.
+"""
 
 import csv
 import io
@@ -25,11 +28,19 @@ __all__ = [
 ]
 
 ABSENT = "–"
+"""The cell of a figure that does not apply."""
+
+INSEPARABLE = "≈"
+"""The mark of a difference whose interval includes 0."""
+
 PAIRS_SHOWN = 6
 
 
 class Column(NamedTuple):
-    """What is shown of which figures. Where the first of them is None, the cell says so."""
+    """A column: its title, the figures that it shows, and how it shows them.
+
+    If the first of the figures does not apply, the cell says so.
+    """
 
     title: str
     names: tuple[str, ...]
@@ -44,32 +55,32 @@ def _percent(share: float, error: float) -> str:
     return f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}"
+
+
 def _file_size(full: int, slim: int | None) -> str:
-    return (
-        f"{full / 1000:,.0f}"
-        if slim is None or slim == full
-        else f"{full / 1000:,.0f} (slim {slim / 1000:,.0f})"
-    )
+    if slim is None or slim == full:
+        return f"{full / 1000:,.0f}"
+    return f"{full / 1000:,.0f} (slim {slim / 1000:,.0f})"
 
 
-def _interval(unit: int, form: str) -> Callable[[float, float, float], str]:
-    def show(value: float, low: float, high: float) -> str:
-        middle, *ends = (format(unit * number, form) for number in (value, low, high))
-        return f"{middle} [{', '.join(ends)}]" + (
-            "" if Difference(value, low, high).separable else " ≈"
-        )
-
-    return show
+def _percent_difference(value: float, low: float, high: float) -> str:
+    cell = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return cell + _mark(Difference(value, low, high))
 
 
-def _differences(other: str) -> tuple[Column, Column]:
-    return (
-        Column(f"% - {other}", _with_ends(f"accuracy_minus_{other}"), _interval(100, "+.1f")),
-        Column(f"loss - {other}", _with_ends(f"loss_minus_{other}"), _interval(1, "+.4f")),
-    )
+def _loss_difference(value: float, low: float, high: float) -> str:
+    cell = f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return cell + _mark(Difference(value, low, high))
+
+
+def _mark(difference: Difference) -> str:
+    return "" if difference.separable else f" {INSEPARABLE}"
 
 
 def _with_ends(name: str) -> tuple[str, str, str]:
+    """A difference and the two ends of its interval."""
     return name, f"{name}_low", f"{name}_high"
 
 
@@ -89,19 +100,30 @@ COLUMNS = (
     Column("backward ms", ("backward_ms",), "{:.1f}".format),
     Column("calibration s", ("calibration_s",), "{:.2f}".format),
     Column("init s", ("init_s",), "{:.2f}".format),
-    Column("peak MB", ("peak_memory_bytes",), lambda size: f"{size / 1e6:,.0f}"),
+    Column("peak MB", ("peak_memory_bytes",), _megabytes),
     Column("file kB", ("file_bytes", "slim_file_bytes"), _file_size),
-    *_differences(REFERENCE),
-    *_differences(UNQUANTISED),
+    Column(f"% - {REFERENCE}", _with_ends(f"accuracy_minus_{REFERENCE}"), _percent_difference),
+    Column(f"loss - {REFERENCE}", _with_ends(f"loss_minus_{REFERENCE}"), _loss_difference),
+    Column(f"% - {UNQUANTISED}", _with_ends(f"accuracy_minus_{UNQUANTISED}"), _percent_difference),
+    Column(f"loss - {UNQUANTISED}", _with_ends(f"loss_minus_{UNQUANTISED}"), _loss_difference),
 )
 
 ONLY_IF_VARIED = {"seeds", "steps"}
-"""Columns that are left out where every row says the same; the line above the table says it."""
+"""Columns that are left out if all rows have the same value. The table's title says it then."""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A group's figures, and what is shown of them: `header` names the columns, `cells` has a line for each row."""
+    """The figures of a group, and what is shown of them.
+
+    Attributes:
+        figures: those of every row, in full.
+        model: the name of the base model.
+        tested: what the rows were trained and tested on.
+        header: the titles of the columns that are shown.
+        cells: a line for each row.
+        footnote: what a reader must know of the columns.
+    """
 
     group: Group
     figures: tuple[Figures, ...]
@@ -125,10 +147,14 @@ def _table(group: Group) -> Table:
     rows = tuple(figures(row, group) for row in group.rows)
     columns = {column.title: [column.cell(row) for row in rows] for column in COLUMNS}
     shown = {title: cells for title, cells in columns.items() if _is_worth_showing(title, cells)}
-    model = Path(group.rows[0].config.model).name
-    cells = tuple(zip(*shown.values(), strict=True))
     return Table(
-        group, rows, model, _tested(group) + _trained(group), tuple(shown), cells, _footnote(group)
+        group=group,
+        figures=rows,
+        model=Path(group.rows[0].config.model).name,
+        tested=_tested(group) + _trained(group),
+        header=tuple(shown),
+        cells=tuple(zip(*shown.values(), strict=True)),
+        footnote=_footnote(group),
     )
 
 
@@ -142,15 +168,17 @@ def to_markdown(tables: Sequence[Table]) -> str:
 
 
 def _markdown(table: Table) -> str:
-    rule = "|".join("---" if title == "variant" else "---:" for title in table.header)
-    header, *lines = ("| " + " | ".join(line) + " |" for line in (table.header, *table.cells))
-    return "\n".join(
-        (f"**{table.model}**, {table.tested}", "", header, f"|{rule}|", *lines, "", table.footnote)
-    )
+    names_left = ["---" if title == "variant" else "---:" for title in table.header]
+    lines = [f"**{table.model}**, {table.tested}", ""]
+    lines.append(f"| {' | '.join(table.header)} |")
+    lines.append(f"|{'|'.join(names_left)}|")
+    lines += [f"| {' | '.join(cells)} |" for cells in table.cells]
+    lines += ["", table.footnote]
+    return "\n".join(lines)
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """All tables' rows under one header, every figure in full; an empty cell is None."""
+    """The rows of all tables under one header, every figure in full. None is an empty cell."""
     rows = [row for table in tables for row in table.figures]
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -183,45 +211,75 @@ def _tested(group: Group) -> str:
 
 
 def _trained(group: Group) -> str:
+    """The steps, and the seeds if all rows have the same several ones."""
     trained = [row for row in group.rows if not row.is_base]
     if not trained:
         return ""
     steps = " / ".join(f"{number:,}" for number in sorted({row.config.steps for row in trained}))
-    seeds = {row.seeds for row in trained}
-    several = (
-        f", seeds {' '.join(map(str, *seeds))}"
-        if len(seeds) == 1 and len(trained[0].seeds) > 1
-        else ""
-    )
-    return f", {steps} steps of {trained[-1].config.batch_size}{several}"
+    text = f", {steps} steps of {trained[-1].config.batch_size}"
+    seeds = trained[0].seeds
+    if len(seeds) > 1 and all(row.seeds == seeds for row in trained):
+        text += f", seeds {' '.join(map(str, seeds))}"
+    return text
 
 
 def _footnote(group: Group) -> str:
+    """One sentence for each thing that a reader must know."""
     runs = [run for row in group.rows for run in row.runs]
-    machine, memory = runs[-1].machine, {run.measurements.peak_memory_of for run in runs}
-    several = any(len(row.seeds) > 1 for row in group.rows)
-    return (
-        f"± one standard error{', of questions and of seeds' if several else ''}. Loss in nats per answer token. Times: median "
-        f"of one training batch on {machine['device']} ({machine['name']}, {machine['threads']} threads). Peak memory of "
-        f"training: {' or '.join(sorted(memory))}. 1 kB = 1,000 bytes.{' Costs: median over the seeds.' if several else ''}"
-        f"{_compared(group)}{_skipped(runs)}"
-    )
+    sentences = []
+    if any(len(row.seeds) > 1 for row in group.rows):
+        sentences.append("± is one standard error of questions and of seeds.")
+        sentences.append("Costs are medians over the seeds.")
+    else:
+        sentences.append("± is one standard error.")
+    sentences.append("The loss is in nats per answer token.")
+    sentences += _measured(runs)
+    sentences += _compared(group)
+    sentences += _skipped(runs)
+    return " ".join(sentences)
 
 
-def _compared(group: Group) -> str:
+def _measured(runs: Sequence[Result]) -> list[str]:
+    """How times, memory and sizes were measured."""
+    machine = runs[-1].machine
+    memory = {run.measurements.peak_memory_of for run in runs}
+    where = f"{machine['device']} ({machine['name']}, {machine['threads']} threads)"
+    return [
+        f"Times are medians for one training batch on {where}.",
+        f"The peak of memory is that of the {' or '.join(sorted(memory))} in training.",
+        "1 kB is 1,000 bytes.",
+    ]
+
+
+def _compared(group: Group) -> list[str]:
+    """What the columns of differences mean, and how much more the loss tells than the accuracy."""
     if not any(group.reference(row) for row in group.rows):
-        return ""
-    pairs = separated_by_loss_alone(group)
-    return (
-        f" Differences to {REFERENCE} are on the same questions, with a paired bootstrap interval of 95 %; ≈ marks what is not "
-        f"separable from it. Pairs of rows that the share of right answers does not separate, and the paired loss does: "
-        f"{len(pairs)}{''.join(f'; {one} and {two}' for one, two in pairs[:PAIRS_SHOWN])}."
+        return []
+    sentences = []
+    sentences.append(
+        f"Differences to {REFERENCE} are on the same questions, with a paired bootstrap interval "
+        "of 95 %."
     )
+    sentences.append(
+        f"{INSEPARABLE} marks a difference that the questions do not separate from none."
+    )
+    pairs = separated_by_loss_alone(group)
+    if not pairs:
+        sentences.append("The loss separates no pair of rows that the accuracy leaves open.")
+        return sentences
+    named = "; ".join(f"{one} and {two}" for one, two in pairs[:PAIRS_SHOWN])
+    more = "" if len(pairs) <= PAIRS_SHOWN else f"; and {len(pairs) - PAIRS_SHOWN} more"
+    sentences.append(
+        f"Pairs of rows that the loss separates and the accuracy leaves open ({len(pairs)}): "
+        f"{named}{more}."
+    )
+    return sentences
 
 
-def _skipped(runs: Sequence[Result]) -> str:
-    """A sentence about training rows that were too long, if there were any."""
-    left_out = max(runs, key=lambda run: run.skipped_rows)
-    if not left_out.skipped_rows:
-        return ""
-    return f" {left_out.skipped_rows:,} training rows of more than {left_out.config.max_tokens:,} tokens were left out."
+def _skipped(runs: Sequence[Result]) -> list[str]:
+    """How many training rows were too long, if any were."""
+    run = max(runs, key=lambda run: run.skipped_rows)
+    if not run.skipped_rows:
+        return []
+    limit = run.config.max_tokens
+    return [f"{run.skipped_rows:,} training rows of more than {limit:,} tokens were left out."]

@@ -1,9 +1,12 @@
 """The training loop: what every row of the table went through.
 
-AdamW on the adapter's parameters, linear warm-up then cosine decay to zero, clipped gradients, the mean loss over the
-answer tokens of the whole batch. The order of the data and the learning rate are functions of the step, so a checkpoint
-is parameters, optimizer, and random states: a run that was killed goes on from it and ends in the same bits. Several
-processes take turns in the rows of every batch, and follow one process.
+AdamW on the adapter's parameters, linear warm-up, then cosine decay to zero, clipped gradients, and
+the mean loss over the answer tokens of the whole batch.
+
+The order of the data and the learning rate are functions of the step. A checkpoint therefore holds
+only the parameters, the optimizer, the random states and the curve so far. A run that was killed
+goes on from it and ends with the same bits. Several processes share the rows of every batch and
+learn what one process learns.
 """
 
 import math
@@ -38,19 +41,23 @@ def train(
     pad: int,
     checkpoint: Path,
 ) -> list[Point]:
-    """Train for `config.steps` steps, from `checkpoint` if that file is there; return the training curve.
+    """Train for `config.steps` steps, or for those left if `checkpoint` is there.
 
-    Raises BenchmarkError if the loss is no longer finite, or the checkpoint is of another number of processes.
+    Returns the training curve, with one point for each step. `model` is in eval mode afterwards.
+
+    Raises:
+        BenchmarkError: the loss is no longer finite, or the checkpoint was written by another
+            number of processes.
     """
+    # Every process draws its own dropout.
     torch.manual_seed(config.seed + (accelerator.process_index << 32))
-    optimizer = torch.optim.AdamW(
-        adapter.param_groups(weight_decay=config.weight_decay), lr=config.lr
-    )
+    groups = adapter.param_groups(weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr)
     adapter.project_after(optimizer)
     curve = _resume(checkpoint, adapter, optimizer, accelerator)
-    model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
+    model.train()
     progress = tqdm(
         range(len(curve), config.steps),
         desc=f"{config.label}: train",
@@ -65,14 +72,12 @@ def train(
         batch = [examples[row] for row in batch_rows(step, len(examples), config)]
         own_loss = _backward(model, adapter, batch, config, accelerator, pad)
         loss = sum_gradients(own_loss, parameters, accelerator)
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            raise BenchmarkError(
-                f"the loss is {loss} and the gradient norm {norm} at step {step}; try a smaller lr than {config.lr}"
-            )
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
+        _check_finite(loss, norm, step, config)
         optimizer.step()
         optimizer.zero_grad()
-        curve.append(Point(step=step, loss=loss, lr=lr, grad_norm=float(norm)))
+
+        curve.append(Point(step=step, loss=loss, lr=lr, grad_norm=norm))
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if len(curve) % config.checkpoint_every == 0 or len(curve) == config.steps:
             _save(checkpoint, adapter, optimizer, curve, accelerator)
@@ -88,8 +93,9 @@ def _backward(
     accelerator: Accelerator,
     pad: int,
 ) -> float:
-    """Gradients of this process's share of the batch's mean loss, in nats a token, whatever the number of forwards it takes;
-    return that share. The shares of all processes add up to the loss of the whole batch, and to one penalty.
+    """Add this process's share of the batch's gradient to the parameters, and return its loss.
+
+    The shares of all processes add up to the loss of the whole batch and to one penalty.
     """
     own = batch[accelerator.process_index :: accelerator.num_processes]
     size = config.micro_batch_size or len(own)
@@ -98,13 +104,24 @@ def _backward(
     for start in range(0, len(own), size):
         part = own[start : start + size]
         loss = nats(model, collate(part, pad).to(accelerator.device)).sum() / tokens
-        (loss + adapter.penalty() * len(part) / len(batch)).backward()  # type: ignore[no-untyped-call]
+        penalty = adapter.penalty() * len(part) / len(batch)
+        torch.autograd.backward(loss + penalty)
         total += loss.item()
     return total
 
 
+def _check_finite(loss: float, norm: float, step: int, config: RunConfig) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise BenchmarkError(
+        f"the loss is {loss} and the norm of the gradient {norm} at step {step}",
+        expected="Both must be finite numbers",
+        fix=f"Try a smaller lr than {config.lr}",
+    )
+
+
 def learning_rate(step: int, config: RunConfig) -> float:
-    """Linear warm-up over the first `warmup` of the steps, then half a cosine from `lr` to zero at `steps`."""
+    """The rate of a step: a line up to `lr` over the warm-up, then half a cosine down to zero."""
     rising = round(config.warmup * config.steps)
     if step < rising:
         return config.lr * (step + 1) / rising
@@ -112,17 +129,15 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 def batch_rows(step: int, rows: int, config: RunConfig) -> list[int]:
-    """The rows that a step trains on: the data is shuffled anew each epoch, by seed and epoch alone."""
+    """The rows that a step trains on. Every epoch takes all rows, in an order of its own."""
     positions = range(step * config.batch_size, (step + 1) * config.batch_size)
-    orders = {
-        epoch: epoch_order(rows, config.seed, epoch)
-        for epoch in {position // rows for position in positions}
-    }
+    epochs = {position // rows for position in positions}
+    orders = {epoch: epoch_order(rows, config.seed, epoch) for epoch in epochs}
     return [orders[position // rows][position % rows] for position in positions]
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """All rows, in the order in which an epoch takes them."""
+    """All rows in the order in which an epoch takes them, which follows from seed and epoch."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     order: list[int] = torch.randperm(rows, generator=generator).tolist()
     return order
@@ -135,17 +150,19 @@ def _save(
     curve: list[Point],
     accelerator: Accelerator,
 ) -> None:
-    random = gather_object([_random_state(accelerator)])
-    if accelerator.is_main_process:
-        state = {
-            "parameters": {
-                name: parameter.detach().cpu() for name, parameter in adapter.named_parameters()
-            },
-            "optimizer": optimizer.state_dict(),
-            "random": random,
-            "curve": [point.model_dump() for point in curve],
-        }
-        write_atomically(checkpoint, lambda path: torch.save(state, path))
+    """Write the checkpoint. All processes call this, and the main one writes."""
+    random_states = gather_object([_random_state(accelerator)])
+    if not accelerator.is_main_process:
+        return
+    state = {
+        "parameters": {
+            name: parameter.detach().cpu() for name, parameter in adapter.named_parameters()
+        },
+        "optimizer": optimizer.state_dict(),
+        "random": random_states,
+        "curve": [point.model_dump() for point in curve],
+    }
+    write_atomically(checkpoint, lambda path: torch.save(state, path))
 
 
 def _resume(
@@ -154,38 +171,37 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
 ) -> list[Point]:
-    """Put everything back as it was at `checkpoint`; return the curve so far, empty without a checkpoint."""
-    state = on_main(
-        accelerator,
-        lambda: (
-            torch.load(checkpoint, weights_only=True, map_location="cpu")
-            if checkpoint.exists()
-            else None
-        ),
-    )
+    """Restore what `_save` wrote. Returns the curve so far, which is empty without a checkpoint."""
+
+    def read() -> Any:
+        if not checkpoint.exists():
+            return None
+        return torch.load(checkpoint, weights_only=True, map_location="cpu")
+
+    state = on_main(accelerator, read)
     if state is None:
         return []
-    if len(state["random"]) != accelerator.num_processes:
+    processes = len(state["random"])
+    if processes != accelerator.num_processes:
         raise BenchmarkError(
-            f"{checkpoint} is of {len(state['random'])} processes, these are {accelerator.num_processes}: start as many, or "
-            "delete it to begin again"
+            f"{checkpoint} was written by {processes} processes, and this run has "
+            f"{accelerator.num_processes}",
+            fix=f"Start {processes} processes, or delete the file to train from the beginning",
         )
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
-    random = state["random"][accelerator.process_index]
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"], accelerator.device)
+    random_state = state["random"][accelerator.process_index]
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"], accelerator.device)
     return [Point(**point) for point in state["curve"]]
 
 
 def _random_state(accelerator: Accelerator) -> dict[str, Any]:
-    """Of this process: it draws its own dropout."""
+    """The state of the generators of this process."""
     state = {"cpu": torch.get_rng_state()}
-    return (
-        state | {"cuda": torch.cuda.get_rng_state(accelerator.device)}
-        if accelerator.device.type == "cuda"
-        else state
-    )
+    if accelerator.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    return state

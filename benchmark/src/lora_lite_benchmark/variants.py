@@ -1,20 +1,18 @@
-"""What the benchmark asks of lora_lite: the variant behind a row's name, and the adapter on a model."""
+"""What the benchmark asks of lora_lite: the fields of a variant, and the adapter on a model."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import lora_lite as ll
 import torch
 from lora_lite.fields import make_variant
 from torch import Tensor, nn
 
+from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.full import BaseModel, FullModel
-
-if TYPE_CHECKING:
-    from lora_lite_benchmark.config import RunConfig
 
 __all__ = [
     "AnyAdapter",
@@ -25,11 +23,12 @@ __all__ = [
     "resolved_fields",
 ]
 
-SPECIAL: dict[str, type[FullModel]] = {"base": BaseModel, "full": FullModel}
+WITHOUT_ADAPTER: dict[str, type[FullModel]] = {"base": BaseModel, "full": FullModel}
+"""What stands in for the adapter in the rows that have none."""
 
 
 class AnyAdapter(Protocol):
-    """What a run needs of an adapter; `ll.Adapter` has it, and so do the rows without one."""
+    """What a run needs of an adapter. `ll.Adapter` has it, and so have the rows without one."""
 
     @property
     def num_parameters(self) -> int: ...
@@ -47,9 +46,12 @@ class AnyAdapter(Protocol):
 
 
 def resolved_fields(variant: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of the variant, validated, defaults included, as JSON values. Raises lora_lite's errors."""
-    dumped: dict[str, Any] = json.loads(make_variant(variant, fields).model_dump_json())
-    return dumped
+    """All fields of the variant as JSON values: those given, validated, and the defaults.
+
+    Raises lora_lite's errors for an unknown variant or field, and for a value that is not allowed.
+    """
+    values: dict[str, Any] = json.loads(make_variant(variant, fields).model_dump_json())
+    return values
 
 
 def recommended_lr(variant: str) -> float:
@@ -62,26 +64,30 @@ def distribution(variant: str) -> list[str]:
     return [info.distribution] if info else []
 
 
-def attach_adapter(model: nn.Module, config: "RunConfig", calibration: Iterable[Any]) -> AnyAdapter:
-    """The adapter that `config` asks for, on `model`; `calibration` is passed over only if it needs that."""
-    if config.variant in SPECIAL:
-        return SPECIAL[config.variant](model)
-    chosen = {
+def attach_adapter(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> AnyAdapter:
+    """Put the adapter that `config` asks for on `model`.
+
+    `calibration` is only read if the variant observes activations at one of the layers.
+    """
+    if config.variant in WITHOUT_ADAPTER:
+        return WITHOUT_ADAPTER[config.variant](model)
+    arguments: dict[str, Any] = {
         "targets": config.targets,
         "exclude": config.exclude,
         "layers": config.layers,
         **config.fields,
     }
-    arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    planned = ll.plan(model, config.variant, **arguments)
-    if any(placement.variant.observe(placement.site) for placement in planned.placements):
+    # None stands for the core's own default.
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    plan = ll.plan(model, config.variant, **arguments)
+    if any(placement.variant.observe(placement.site) for placement in plan.placements):
         arguments["calibration"] = calibration
     return ll.attach(model, config.variant, seed=config.seed, **arguments)
 
 
-def load_adapter(model: nn.Module, config: "RunConfig", path: Path) -> None:
-    """Put the adapter of a finished run onto a fresh base."""
-    if config.variant in SPECIAL:
-        SPECIAL[config.variant].load(model, path)
+def load_adapter(model: nn.Module, config: RunConfig, path: Path) -> None:
+    """Put the saved adapter of a run on a fresh base."""
+    if config.variant in WITHOUT_ADAPTER:
+        WITHOUT_ADAPTER[config.variant].load(model, path)
     else:
         ll.load(model, path)

@@ -34,9 +34,10 @@ from lora_lite.registry import (
     registry_of,
     release_changing,
     remove,
+    undo,
 )
 from lora_lite.state import flat, not_as_declared, start_values
-from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped, zero_weights
+from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
 
 
@@ -99,7 +100,7 @@ def attach(
         overrides=overrides,
         **fields,
     )
-    refuse_unfit(root, chosen.placements, name)
+    zero = refuse_unfit(root, chosen.placements, name)
     for each in chosen.recipe.variants:
         checked_identity(each)
     modules = {placement.path: placement.module for placement in chosen.placements}
@@ -115,14 +116,13 @@ def attach(
         values = _start(placements, statistics, state, dtype)
         install(root, state, placements, values)
         tell_frozen(root, chosen, registry.trainable)
-        tell_zero_weights(zero_weights(placements))
+        tell_zero_weights(zero)
         adapter = Adapter(root, state, modules)
         CHANGING.release()
         return adapter
     except BaseException:
         pass_over_data.restore()
-        remove(root, state, modules)
-        release_changing()
+        undo(root, state, modules)
         raise
 
 

@@ -22,7 +22,7 @@ from lora_lite.modules import named_modules, root_of
 from lora_lite.placements import Placement, place
 from lora_lite.plugins import kind_of, variant_class
 from lora_lite.recipe import Recipe
-from lora_lite.registry import CHANGING, install, open_model, release_changing, remove
+from lora_lite.registry import CHANGING, install, open_model, undo
 from lora_lite.rename import Renaming, renamed
 from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
 from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
@@ -102,12 +102,12 @@ def load(
     # 3. its tensors
     if not described.derived:
         tensors = {**tensors, **_derive(path, described, placements)}
-    unpacked = unpack(placements, tensors, known)
+    unpacked = unpack(placements, tensors, known, path=str(path))
     values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
     refuse_overflow(flat(values))
 
     # 4. onto the model
-    recipe = Recipe(tuple(dict.fromkeys(variants.values())))
+    recipe = Recipe(_first_of_each_class(variants.values()))
     state = AdapterState(
         name, recipe, described.seed, described.scale, described.uses_base, is_loaded=True
     )
@@ -121,8 +121,7 @@ def load(
         CHANGING.release()
         return adapter
     except BaseException:
-        remove(root, state, modules)
-        release_changing()
+        undo(root, state, modules)
         raise
 
 
@@ -203,6 +202,7 @@ def _in_format_of(
         return json.dumps(fields), checked_tensors(cls.model_construct(), "upgrade", given, "")
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterFileError):
+            error.path = error.path or str(path)
             raise
         raise AdapterFileError(
             f"{path} has fields that variant {cls.name!r} cannot upgrade: {error}", path=str(path)
@@ -219,6 +219,14 @@ def _made(path: FilePath, cls: type[Variant], fields: str) -> Variant:
 
 
 # --- 2. where it goes
+
+
+def _first_of_each_class(variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    """What was asked for, as far as a file tells: overrides and specialisation come from one."""
+    firsts: dict[str, Variant] = {}
+    for variant in variants:
+        firsts.setdefault(variant.name, variant)
+    return tuple(firsts.values())
 
 
 def _placements(

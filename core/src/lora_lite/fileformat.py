@@ -67,12 +67,13 @@ def write(path: FilePath, tensors: Mapping[str, Tensor], metadata: Metadata) -> 
     Raises:
         AdapterFileError: the path cannot be written; a file that was there before is untouched.
     """
+    target = _checked(path)
     contents = _own_memory(tensors)
     data = bytearray(save(contents, {KEY: metadata.model_dump_json(), DIGEST_KEY: ZEROS}))
     start = data.index(ZEROS.encode(), data.index(DIGEST_KEY.encode()))
     data[start : start + len(ZEROS)] = hashlib.sha256(data).hexdigest().encode()
     try:
-        write_atomically(path, data)
+        write_atomically(target, data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AdapterFileError(
@@ -114,6 +115,7 @@ def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
     Raises:
         AdapterFileError: no such file, not an adapter of lora-lite, damaged, or of a newer format.
     """
+    path = _checked(path)
     data = _bytes(path)
     texts = _texts(path, data)
     if KEY not in texts:
@@ -229,6 +231,13 @@ def _tensors(path: FilePath, data: bytes) -> dict[str, Tensor]:
 
 
 # --- words
+
+
+def _checked(path: object) -> str:
+    """A path as text. A number would be taken for a file that is open already."""
+    if isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str):
+        return os.fspath(path)
+    raise AdapterFileError(f"path={path!r} is not a path", expected="It is text or a pathlib.Path")
 
 
 def _error(path: FilePath, problem: str, fix: str = "") -> AdapterFileError:

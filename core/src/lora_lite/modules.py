@@ -32,6 +32,20 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield plain_path(path), module
 
 
+def compiled_modules(root: nn.Module) -> set[nn.Module]:
+    """Every module in a part of the model that torch.compile runs: hooks leave no trace there."""
+    parts = [module for module in root.modules() if _is_compiled(module)]
+    return {module for part in parts for module in part.modules()}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is `torch.compile(module)`, or was compiled in place."""
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    # `model.forward = torch.compile(model.forward)`
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
 def plain_path(path: str) -> str:
     """A path without the names that wrappers add."""
     if not any(name in path for name in WRAPPERS):

@@ -12,7 +12,7 @@ from torch import nn
 from lora_lite.find import Layer
 from lora_lite.hooked import hooks_of
 from lora_lite.hooks import AdapterState
-from lora_lite.modules import named_modules, plain_path
+from lora_lite.modules import compiled_modules, named_modules, plain_path
 from lora_lite.output_head import output_heads
 from lora_lite.placements import Plan
 from lora_lite.reach import hold_much
@@ -126,12 +126,13 @@ def tell_uncalled(root: nn.Module, states: Iterable[AdapterState]) -> None:
 
 
 def uncalled_layers(root: nn.Module, states: Iterable[AdapterState]) -> list[str]:
-    """The paths of adapted layers whose hooks have never run."""
+    """The paths of adapted layers whose hooks have never run, as far as can be known."""
     paths = {path for state in states for path in state.attachments}
+    compiled = compiled_modules(root)
     uncalled = []
     for path, module in named_modules(root):
         hooks = hooks_of(module) if path in paths else None
-        if hooks is not None and not hooks.was_called:
+        if hooks is not None and not hooks.was_called and module not in compiled:
             uncalled.append(path)
     return uncalled
 

@@ -194,6 +194,16 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
     _forget_compiled()
 
 
+def undo(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
+    """Take away what an interrupted attach or load has done, and give up its lock.
+
+    What interrupted it is what the caller shall hear of, and not a layer kind that fails meanwhile.
+    """
+    with suppress(Exception):
+        remove(root, state, modules)
+    release_changing()
+
+
 def _clean(module: nn.Module, state: AdapterState, attachment: Attachment) -> None:
     for key in attachment.keys.values():
         module._parameters.pop(key, None)

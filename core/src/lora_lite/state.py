@@ -91,14 +91,14 @@ def refuse_overflow(cast: Mapping[str, Tensor]) -> None:
 def device_of(placement: Placement) -> torch.device:
     """Where the layer is."""
     module = placement.module
-    for tensors in (module.parameters(recurse=False), module.buffers(recurse=False)):
-        for tensor in tensors:
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
             return tensor.device
     return torch.device("cpu")
 
 
 def unpack(
-    placements: Sequence[Placement], saved: Tensors, known: Sequence[str] = ()
+    placements: Sequence[Placement], saved: Tensors, known: Sequence[str] = (), *, path: str = ""
 ) -> dict[str, dict[str, Tensor]]:
     """Every layer's stored tensors, from a state dict.
 
@@ -106,6 +106,7 @@ def unpack(
         placements: of the variants on their layers.
         saved: `{"path.tensor": tensor}`.
         known: what is known to be wrong with it already, one line for each tensor.
+        path: of the file that it comes from, if any.
 
     Raises:
         AdapterFileError: tensors that are missing, extra, misshapen, of another dtype or not
@@ -123,11 +124,13 @@ def unpack(
         wrong += complaints
     wrong += [f"{key}: has values that are not finite" for key in not_finite(flat(values))]
     if wrong:
+        tensors = tuple(dict.fromkeys(line.partition(":")[0] for line in wrong))
         raise AdapterFileError(
-            f"{len(wrong)} tensors do not fit; nothing was changed",
+            f"{len(tensors)} tensors do not fit; nothing was changed",
             details=wrong,
             expected="A state dict has every tensor of the adapter and no other",
-            tensors=[line.partition(":")[0] for line in wrong],
+            path=path,
+            tensors=tensors,
         )
     return values
 

@@ -1,6 +1,7 @@
 """Models and layers that cannot carry an adapter: refused before anything is changed."""
 
 import gc
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import attribute
 from lora_lite.layers import is_dtensor
-from lora_lite.magnitudes import largest_magnitudes, not_finite
+from lora_lite.magnitudes import largest_magnitudes
 from lora_lite.placements import Placement
 from lora_lite.registry import adapted_root, registry_of
 from lora_lite.tensor_spec import TensorSpec
@@ -58,8 +59,11 @@ def _inside_ddp(root: nn.Module) -> bool:
     return any(root is module for wrapper in wrappers for module in wrapper.modules())
 
 
-def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> None:
+def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> list[str]:
     """An error for everything about the model and the chosen layers that forbids to attach.
+
+    Returns:
+        The paths of the layers whose weight is 0 everywhere: allowed, but worth a warning.
 
     Raises:
         AdapterError: a used name, another root, a base on the meta device or offloaded, weights
@@ -67,10 +71,17 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
     """
     _refuse_other_root(root)
     refuse_taken_name(root, name)
+    weights: dict[str, Tensor] = {}
     for placement in placements:
         _refuse_absent(placement)
         _refuse_taken(placement, name)
-    _refuse_broken([placement for placement in placements if _plain_weight(placement) is not None])
+        weight = placement.module._parameters.get("weight")
+        if weight is not None and not is_dtensor(weight):
+            _refuse_empty(placement.path, weight)
+            weights[placement.path] = weight
+    largest = largest_magnitudes(weights)
+    _refuse_not_finite([path for path, size in largest.items() if not math.isfinite(size)])
+    return [path for path, size in largest.items() if size == 0]
 
 
 def _refuse_other_root(root: nn.Module) -> None:
@@ -108,7 +119,7 @@ def _refuse_absent(placement: Placement) -> None:
             fix="Load the weights onto a real device first; plan() works on meta",
             layer=path,
         )
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+    if getattr(module.__dict__.get("_hf_hook"), "offload", False):
         raise AdapterError(
             f"{path} is offloaded by accelerate",
             fix="Load the model without offloading this layer",
@@ -118,9 +129,10 @@ def _refuse_absent(placement: Placement) -> None:
 
 def _refuse_taken(placement: Placement, name: str) -> None:
     """A layer that has an attribute where a tensor of the adapter would go."""
+    module = placement.module
     for tensor in placement.specs:
         key = attribute(name, tensor)
-        if hasattr(placement.module, key):
+        if key in module._parameters or key in module._buffers or key in module.__dict__:
             raise AdapterError(
                 f"{placement.path} has an attribute {key!r} already",
                 fix="Give the adapter another name=",
@@ -128,53 +140,31 @@ def _refuse_taken(placement: Placement, name: str) -> None:
             )
 
 
-def _plain_weight(placement: Placement) -> Tensor | None:
-    """The weight as it is stored, if it holds numbers that torch can compute with."""
-    weight = placement.module._parameters.get("weight")
-    if weight is None or is_dtensor(weight):
-        return None
-    if weight.is_floating_point() and weight.element_size() == 1:
-        return None  # float8, for which torch has no arithmetic
-    return weight if weight.is_floating_point() or weight.is_complex() else None
-
-
-def _refuse_broken(placements: Sequence[Placement]) -> None:
-    """Layers whose weights are empty, complex or not finite."""
-    for placement in placements:
-        weight = _plain_weight(placement)
-        assert weight is not None
-        if weight.numel() == 0:
-            raise AdapterError(
-                f"the weight of {placement.path} is empty",
-                expected="ZeRO-3 leaves such weights when it has sharded a model",
-                fix="Attach before the model is sharded",
-                layer=placement.path,
-            )
-        if weight.is_complex():
-            raise AdapterError(
-                f"the weight of {placement.path} is complex ({weight.dtype})",
-                fix="Leave the layer out with exclude=",
-                layer=placement.path,
-            )
-    broken = not_finite(_weights(placements))
-    if broken:
+def _refuse_empty(path: str, weight: Tensor) -> None:
+    """A layer whose weight has no numbers, or complex ones."""
+    if weight.numel() == 0:
         raise AdapterError(
-            f"the weights of {len(broken)} layers have values that are not finite",
-            details=broken,
-            fix="Load the base again; check how it was converted",
-            layer=broken[0],
+            f"the weight of {path} is empty",
+            expected="ZeRO-3 leaves such weights when it has sharded a model",
+            fix="Attach before the model is sharded",
+            layer=path,
+        )
+    if weight.is_complex():
+        raise AdapterError(
+            f"the weight of {path} is complex ({weight.dtype})",
+            fix="Leave the layer out with exclude=",
+            layer=path,
         )
 
 
-def zero_weights(placements: Sequence[Placement]) -> list[str]:
-    """The paths of the layers whose weight is 0 everywhere."""
-    return [path for path, size in largest_magnitudes(_weights(placements)).items() if size == 0]
-
-
-def _weights(placements: Sequence[Placement]) -> dict[str, Tensor]:
-    """The weights that torch can compute with, by the path of the layer."""
-    weights = {placement.path: _plain_weight(placement) for placement in placements}
-    return {path: weight for path, weight in weights.items() if weight is not None}
+def _refuse_not_finite(paths: Sequence[str]) -> None:
+    if paths:
+        raise AdapterError(
+            f"the weights of {len(paths)} layers have values that are not finite",
+            details=paths,
+            fix="Load the base again; check how it was converted",
+            layer=paths[0],
+        )
 
 
 # --- the adapter's own tensors

@@ -13,6 +13,7 @@ names, casts, registers and saves them, and never writes a base weight.
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from lora_lite.definition import VariantMeta, check_definition, check_fields
-from lora_lite.errors import VariantDefinitionError
+from lora_lite.errors import AdapterFileError
 from lora_lite.hookspecs import hookimpl
 from lora_lite.site import Site
 from lora_lite.tensor_spec import TensorSpec
@@ -165,11 +166,14 @@ class Variant(BaseModel, metaclass=VariantMeta):
         """The fields and saved tensors of one site in an older `format`, brought to this one.
 
         Raise `format` by one whenever fields or saved tensors change, and write this method.
+
+        Raises:
+            AdapterFileError: the format is too old.
         """
-        raise VariantDefinitionError(
+        raise AdapterFileError(
             f"variant {cls.name!r} has no upgrade from format {from_format} to {cls.format}",
-            fix="Write the class method `upgrade`, or load the file with the version that wrote it",
-            class_name=cls.__qualname__,
+            fix="Load the file with the version that wrote it; the author of the variant may write "
+            "the class method `upgrade`",
         )
 
     # --- costs
@@ -228,6 +232,7 @@ class ScaledVariant(Variant):
         raise NotImplementedError
 
 
+@lru_cache(maxsize=1024)
 def overrides(cls: type[Variant], method: str) -> bool:
     """Whether a class has a method of its own in place of the contract's default."""
     return bool(getattr(cls, method).__module__ != Variant.__module__)

@@ -1,4 +1,4 @@
-"""How the AntiPaSTO family finds its basis from calibration data: which directions, in bounded memory, from enough tokens."""
+"""How the AntiPaSTO family finds its basis from calibration data, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import lora_lite as ll
 import pytest
 import torch
 from lora_lite_antipasto import AntiPaSTO, AntiPaSTOGain
-from lora_lite_antipasto.basis import Averages
+from lora_lite_antipasto.calibration import Moments
 from torch import Tensor, nn
 
 ORIENTED = ("asvd", "rms", "corda", "corda_sqrt")
@@ -45,7 +45,7 @@ def same_span(kept: Tensor, expected: Tensor) -> None:
 def test_activation_picks_the_directions_with_the_largest_output_variance(
     shape: tuple[int, int],
 ) -> None:
-    """select="activation" keeps the r coordinates of Uᵀ y with the largest variance; compared with brute force."""
+    """select="activation" keeps the r coordinates of Uᵀ y with the largest variance."""
     model = one_layer(*shape)
     w = model[0].weight.detach()
     u, _, v = torch.linalg.svd(w, full_matrices=False)
@@ -62,7 +62,7 @@ def test_activation_picks_the_directions_with_the_largest_output_variance(
 
 
 def test_statistics_survive_a_large_mean() -> None:
-    """Features far from 0, as large language models have them, do not drown the variances in rounding."""
+    """Features far from 0, as language models have them, do not drown the variances."""
     model = one_layer(12, 24, bias=False)
     rng = torch.Generator().manual_seed(3)
     x = torch.randn(4000, 12, generator=rng) * torch.linspace(0.05, 1, 12)
@@ -82,12 +82,12 @@ def test_statistics_survive_a_large_mean() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_corda_sqrt_is_the_principal_directions_of_the_output(shape: tuple[int, int]) -> None:
-    """U and S² are the leading eigenpairs of E[(y - b) (y - b)ᵀ], x having mean square 1: the best rank-r part on the data."""
+    """U and S² are the leading eigenpairs of E[(y - b) (y - b)ᵀ], x having mean square 1."""
     model = one_layer(*shape)
     x = torch.randn(500, shape[0]) @ torch.randn(shape[0], shape[0])
     y = (model(x) - model[0].bias).detach().double() / x.double().square().mean().sqrt()
     values, vectors = torch.linalg.eigh(y.T @ y / len(y))
-    adapter = ll.attach(model, AntiPaSTOGain(r=4, basis="corda_sqrt"), targets="0", calibration=[x])
+    adapter = ll.attach(model, AntiPaSTO(r=4, basis="corda_sqrt"), targets="0", calibration=[x])
     state = adapter.state_dict()
     same_span(state["0.U"].double(), vectors.flip(1)[:, :4])
     torch.testing.assert_close(state["0.S"].double() ** 2, values.flip(0)[:4], rtol=1e-3, atol=0)
@@ -96,19 +96,19 @@ def test_corda_sqrt_is_the_principal_directions_of_the_output(shape: tuple[int, 
 @pytest.mark.parametrize("basis", ORIENTED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_size_of_the_data_changes_nothing(basis: Any, shape: tuple[int, int]) -> None:
-    """Data times 1000 give the same basis and the same S, which on white data is that of the plain basis."""
+    """Data times 1000 give the same basis and S, which on white data is that of the plain basis."""
     x = torch.randn(400, shape[0]) * torch.linspace(0.5, 2, shape[0])
     states = []
     for size in (1.0, 1000.0):
         adapter = ll.attach(
-            one_layer(*shape), AntiPaSTOGain(r=4, basis=basis), targets="0", calibration=[size * x]
+            one_layer(*shape), AntiPaSTO(r=4, basis=basis), targets="0", calibration=[size * x]
         )
         states.append(adapter.state_dict())
     torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-4)
     white = torch.randn(100_000, shape[0])
     model = one_layer(*shape)
     s = ll.attach(
-        model, AntiPaSTOGain(r=4, basis=basis), targets="0", calibration=[white]
+        model, AntiPaSTO(r=4, basis=basis), targets="0", calibration=[white]
     ).state_dict()["0.S"]
     expected = torch.linalg.svdvals(model[0].weight.detach())[:4]
     factor = (2 / torch.pi) ** 0.25 if basis == "asvd" else 1.0  # the square root of E|x|
@@ -150,8 +150,9 @@ def test_padding_and_order_do_not_count(basis: Any, shape: tuple[int, int]) -> N
 def test_memory_does_not_grow_with_the_number_of_batches(
     basis: Any, shape: tuple[int, int]
 ) -> None:
-    """What an observer holds is the same after 1 batch as after 50: no more than the weight and a square of its shorter side,
-    in float64, beside vectors.
+    """What an observer holds is the same after 1 batch as after 50.
+
+    No more than the weight and a square of its shorter side, in float64, beside vectors.
     """
     placement = ll.plan(
         one_layer(*shape), AntiPaSTO(r=4, basis=basis, select="activation"), targets="0"
@@ -159,7 +160,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(
     held = []
     for batches in (1, 50):
         observer = placement.variant.observe(placement.site)
-        assert isinstance(observer, Averages)
+        assert isinstance(observer, Moments)
         for _ in range(batches):
             observer.update(torch.randn(32, shape[0]), torch.randn(32, shape[1]))
         held.append(len(pickle.dumps(observer)))
@@ -173,7 +174,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(
 def test_a_calibrated_basis_loads_without_data_and_refuses_a_slim_file(
     variant: str, basis: str, tmp_path: Path
 ) -> None:
-    """What calibration data chose cannot be derived from the base: the file is full, and loading needs no data."""
+    """What calibration data chose is in the file, which cannot be slim; loading needs no data."""
     model = one_layer(24, 12)
     adapter = ll.attach(
         model,
@@ -200,7 +201,7 @@ def test_a_calibrated_basis_loads_without_data_and_refuses_a_slim_file(
 def test_missing_data_are_asked_for(
     variant: str, basis: str, untouched: Callable[[nn.Module], Any]
 ) -> None:
-    """Without calibration= the error says what to give; with data that nothing needs, that too. Nothing has changed."""
+    """Without calibration= the error says what to give; so it does with data nobody needs."""
     model = one_layer(24, 12)
     fields = {"r": 4, "targets": "0", **FEW.get(variant, {})}
     with (
@@ -226,7 +227,7 @@ def test_missing_data_are_asked_for(
         (
             {"select": "activation"},
             torch.randn(3, 24),
-            r"0: select='activation' chooses r=4 directions and saw 3 .*give at least",
+            r"0: select='activation' chooses r=4 directions and saw 3 .*Give at least",
         ),
         *(
             (
@@ -240,19 +241,19 @@ def test_missing_data_are_asked_for(
             (
                 {"basis": b},
                 torch.zeros(9, 24),
-                rf"0: basis='{b}' chooses r=4 .* 9 .* span only 0; give other",
+                rf"0: basis='{b}' chooses r=4 .* 9 .* span only 0. Give other",
             )
             for b in ORIENTED
         ),
         (
             {"basis": "corda"},
             torch.randn(1, 24).expand(9, 24),
-            r"0: basis='corda' chooses r=4 .* 9 .* span only 1; give other",
+            r"0: basis='corda' chooses r=4 .* 9 .* span only 1. Give other",
         ),
         (
             {"basis": "corda_sqrt"},
             torch.randn(1, 24).expand(9, 24),
-            r"0: basis='corda_sqrt' .* span only 1; give other",
+            r"0: basis='corda_sqrt' .* span only 1. Give other",
         ),
         (
             {"basis": "rms"},
@@ -274,7 +275,7 @@ def test_data_that_cannot_choose_are_refused(
     shape: tuple[int, int],
     untouched: Callable[[nn.Module], Any],
 ) -> None:
-    """Too few tokens, tokens that span too little, or values that are not finite: the error names the site and the field."""
+    """Too few tokens, or tokens that span too little or are not finite: named with the site."""
     model = one_layer(*shape)
     with untouched(model), pytest.raises(ll.CalibrationError, match=complaint):
         ll.attach(model, "antipasto", r=4, targets="0", calibration=[rows], **fields)

@@ -1,4 +1,4 @@
-"""Every variant of the family, on every basis and by both routes, is its explicit dense weight; and its bounds hold."""
+"""Every variant of the family, on every basis, is its explicit weight; and its bounds hold."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 ARMS = ("V", "U", "both", "none")
 BASES = ("plain", "asvd", "rms", "corda", "corda_sqrt")
-SHAPES = [(24, 12), (12, 24), (16, 16)]  # from y, from x, from y
+SHAPES = [(24, 12), (12, 24), (16, 16)]
 SCALES = st.sampled_from([1.0, -1.0, 0.37, 2.5])
 
 bases = st.sampled_from(BASES)
+selections = st.sampled_from(["top", "activation"])
 variants = st.one_of(
     st.builds(
         AntiPaSTO,
         r=st.just(8),
         basis=bases,
-        select=st.sampled_from(["top", "activation"]),
+        select=selections,
         rotate_basis=st.sampled_from(ARMS),
         block_size=st.sampled_from([2, 4, 8]),
         max_angle=st.floats(0.1, 3.0),
@@ -33,14 +34,21 @@ variants = st.one_of(
         AntiPaSTOGain,
         r=st.sampled_from([3, 8]),
         basis=bases,
-        select=st.sampled_from(["top", "activation"]),
+        select=selections,
         mode=st.sampled_from(["bounded", "additive"]),
     ),
-    st.builds(AntiPaSTOAblate, r=st.sampled_from([5, 8]), basis=bases, k=st.integers(1, 5)),
+    st.builds(
+        AntiPaSTOAblate,
+        r=st.sampled_from([5, 8]),
+        basis=bases,
+        select=selections,
+        k=st.integers(1, 5),
+    ),
     st.builds(
         AntiPaSTOMix,
         r=st.sampled_from([5, 8]),
         basis=bases,
+        select=selections,
         k=st.integers(1, 5),
         gain=st.booleans(),
     ),
@@ -68,7 +76,7 @@ def data(d_in: int) -> Tensor:
 
 def attached(model: nn.Module, variant: Any) -> ll.Adapter:
     """At the layer, in float64, with data where the variant needs them."""
-    calibrated = variant.basis != "plain" or getattr(variant, "select", "top") == "activation"
+    calibrated = variant.basis != "plain" or variant.select == "activation"
     batches = data(model[0].in_features).split(70) if calibrated else None
     return ll.attach(model, variant, targets="0", dtype=torch.float64, calibration=batches)
 
@@ -98,11 +106,11 @@ def orientation(basis: str, x: Tensor) -> Tensor:
 
 
 def factors(w: Tensor, x: Tensor, variant: Any, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, P by the definition, with an inverse; with the signs of the columns of `like`, which are free."""
+    """U, S, P by the definition, with an inverse, and with the signs of the columns of `like`."""
     m = orientation(variant.basis, x)
     u, s, q = torch.linalg.svd(w @ m, full_matrices=False)
     kept = torch.arange(variant.r)
-    if getattr(variant, "select", "top") == "activation":
+    if variant.select == "activation":
         kept = (x @ w.T @ u).std(0).topk(variant.r).indices.sort().values
     p = q @ torch.linalg.inv(m)
     u, s, p = u[:, kept], s[kept], p[kept]
@@ -112,7 +120,7 @@ def factors(w: Tensor, x: Tensor, variant: Any, like: Tensor) -> tuple[Tensor, T
 
 
 def rotation(theta: Tensor, block: int, max_angle: float, scale: float) -> Tensor:
-    """R as one dense matrix, written with (I - X)⁻¹ (I + X) plane by plane, independently of the plugin's code."""
+    """R as one dense matrix, (I - X)⁻¹ (I + X), plane by plane."""
     limit = 2 * math.tan(max_angle / 2)
     blocks = []
     for angles in theta:
@@ -268,8 +276,10 @@ def test_a_bounded_gain_never_flips_a_direction(
 @pytest.mark.parametrize("mode", ["bounded", "additive"])
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 def test_suppress_only_holds_after_every_step(mode: Any, shape: tuple[int, int]) -> None:
-    """A loss that wants the output larger leaves every gain at 1; one that wants it smaller then still turns them down, and
-    an additive one not past 0. Without suppress_only the first loss raises them, the second takes an additive one past 0.
+    """A loss that wants the output larger leaves every gain at 1.
+
+    One that wants it smaller then still turns them down, and an additive one not past 0. Without
+    suppress_only the first loss raises them, the second takes an additive one past 0.
     """
     raised = {}
     for suppress_only in (False, True):
@@ -344,7 +354,7 @@ def test_ablation_holds_alpha_after_every_step(sign: int) -> None:
 
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 def test_ablation_starts_by_removing_init_alpha(shape: tuple[int, int]) -> None:
-    """At the start every direction of O is removed by init_alpha, so it is not the base; at scale 0 it is, to the bit."""
+    """At the start every direction of O is removed by init_alpha; at scale 0 none is."""
     model, x = one_layer(*shape), torch.randn(9, shape[0], dtype=torch.float64)
     base = model(x)
     adapter = ll.attach(

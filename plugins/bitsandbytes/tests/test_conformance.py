@@ -1,4 +1,4 @@
-"""The suite for layer kinds. (What spans packages is in tests/test_quantised.py of the repository.)"""
+"""The suite for layer kinds. What spans packages is in the repository's tests/test_quantised.py."""
 
 from functools import partial
 

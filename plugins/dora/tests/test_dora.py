@@ -1,4 +1,4 @@
-"""What is special to DoRA: the explicit weight form, the detached norm, its memory, and agreement with PEFT."""
+"""DoRA: the explicit weight form, the detached norm, its memory, and agreement with PEFT."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_lite_dora import DoRA
+from lora_lite_dora.dora import GROWTH
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")
@@ -51,14 +52,18 @@ def attached(
 
 
 @given(
-    r=st.integers(1, 5), d_in=st.integers(5, 16), d_out=st.integers(5, 16), alpha=st.floats(0.5, 32), rslora=st.booleans(),
+    r=st.integers(1, 5),
+    d_in=st.integers(5, 16),
+    d_out=st.integers(5, 16),
+    alpha=st.floats(0.5, 32),
+    rslora=st.booleans(),
     bias=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_delta_is_the_explicit_weight_form(
     r: int, d_in: int, d_out: int, alpha: float, rslora: bool, bias: bool, seed: int
 ) -> None:
-    """y' = diag(m / n) (W + s B A) x + b, built densely in float64; gradients too, with n held constant."""
+    """y' = diag(m / n) (W + s B A) x + b, built densely; gradients too, with n held constant."""
     torch.manual_seed(seed)
     model, t = attached(d_in, d_out, bias, r=r, alpha=alpha, rslora=rslora)
     base, x, s = (
@@ -79,7 +84,7 @@ def test_delta_is_the_explicit_weight_form(
 
 
 def test_no_matrix_of_the_weights_size_is_kept_for_the_backward() -> None:
-    """What a training step keeps besides the weight itself is far smaller than the weight, and so is all that prepare makes."""
+    """What a training step keeps, and what prepare makes, is far smaller than the weight."""
     model = nn.Sequential(nn.Linear(300, 200))
     ll.attach(model, "dora", r=4, targets="0")
     weight, largest = model[0].weight, [0]
@@ -113,7 +118,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_start_is_bitwise_the_base_in_every_format(base: torch.dtype, dtype: torch.dtype) -> None:
-    """ρ is exactly 1 at the start, whatever the base and the parameters are stored in; a row of zeros does no harm."""
+    """ρ is exactly 1 at the start, in every format; a row of zeros does no harm."""
     model = nn.Sequential(nn.Linear(24, 12)).to(base)
     with torch.no_grad():
         model[0].weight[3] = 0
@@ -129,7 +134,7 @@ def test_start_is_bitwise_the_base_in_every_format(base: torch.dtype, dtype: tor
 
 
 def test_bfloat16_base_has_a_precise_norm() -> None:
-    """On a bfloat16 base n / n₀ is within 2e-4 of the float64 one (2⁻⁸ = 4e-3 is what bfloat16 itself would lose)."""
+    """On a bfloat16 base n / n₀ is within 2e-4 of the float64 one; bfloat16 would lose 4e-3."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 64)).bfloat16()
     adapter = ll.attach(model, "dora", r=8, alpha=8.0, targets="0")
@@ -137,7 +142,7 @@ def test_bfloat16_base_has_a_precise_norm() -> None:
     nn.init.normal_(b, std=0.02)
     t = {name.split(".")[1]: value for name, value in adapter.state_dict().items()}
     site = ll.plan(model, "dora", targets="0").placements[0].site
-    found = adapter.variant.prepare(site, t)["n / n0"]
+    found = adapter.variant.prepare(site, t)[GROWTH]
     w = model[0].weight.double()
     exact = (w + b.double() @ a.double()).norm(dim=1) / w.norm(dim=1)
     assert float((exact - 1).detach().abs().max()) > 0.01
@@ -172,7 +177,7 @@ def test_decay_does_not_shrink_the_magnitude() -> None:
 
 
 def test_published_parameter_count(qwen_down_proj: nn.Module) -> None:
-    """DoRA r = 32 on the 24 down_proj of a 0.8B Qwen3.5 has 3.56M parameters, and LoRA's 3.54M MACs a token."""
+    """On 24 down_proj of a 0.8B Qwen3.5: 3.56M parameters, and LoRA's 3.54M MACs a token."""
     found = ll.plan(qwen_down_proj, "dora", r=32)
     assert found.parameters == 24 * (32 * (3584 + 1024) + 1024) == 3_563_520
     assert found.macs_per_token == 3_538_944

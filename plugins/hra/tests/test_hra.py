@@ -1,7 +1,8 @@
-"""What is special to HRA: the product of reflections, the pairing, the regulariser, and agreement with PEFT."""
+"""HRA: the product of reflections, the pairing, small changes, the regulariser, and PEFT."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_delta_is_the_product_of_reflections(r: int, d_in: int, d_out: int, seed
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
 def test_start_is_the_identity_up_to_rounding(dtype: torch.dtype, tolerance: float) -> None:
-    """Equal neighbours cancel, also in bfloat16, because T is not computed in it: Δx is below 1e-6 of x."""
+    """Equal neighbours cancel, also in bfloat16: Δx is below 1e-6 of x."""
     model = nn.Sequential(nn.Linear(512, 16)).to(dtype)
     adapter = ll.attach(model, "hra", r=32, targets="0")
     (u,) = adapter.parameters()
@@ -79,7 +80,7 @@ def test_pair_has_opposite_gradients_at_the_start() -> None:
 
 
 def test_penalty_is_the_papers_regulariser() -> None:
-    """adapter.penalty() = reg Σ_sites ‖I - Û Ûᵀ‖²_F: what a step on it alone brings down; 0 with reg=0."""
+    """adapter.penalty() = reg Σ_sites ‖I - Û Ûᵀ‖²_F; a step on it brings it down; 0 with reg=0."""
     model = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 12))
     adapter = ll.attach(model, "hra", r=4, reg=1e-2, targets="")
     parameters = list(adapter.parameters())
@@ -100,7 +101,7 @@ def test_penalty_is_the_papers_regulariser() -> None:
 
 
 def test_backward_keeps_the_input_once() -> None:
-    """What is kept for the backward is one x, U and r-dimensional tensors; one reflection after the other keeps r times x."""
+    """Kept for the backward are one x, U and r-dimensional tensors, not r times x."""
     model = nn.Sequential(nn.Linear(256, 8))
     ll.attach(model, "hra", r=16, targets="0")
     kept: dict[int, int] = {}
@@ -116,15 +117,66 @@ def test_backward_keeps_the_input_once() -> None:
 
 
 def test_published_parameter_count(qwen_down_proj: nn.Module) -> None:
-    """HRA r = 32 on the 24 down_proj of a 0.8B Qwen3.5 has 2.75M parameters. The published MACs are half the true ones."""
+    """HRA r = 32 on 24 down_proj of a 0.8B Qwen3.5: 2.75M parameters, twice the published MACs."""
     found = ll.plan(qwen_down_proj, "hra", r=32)
     assert found.parameters == 24 * 32 * 3584 == 2_752_512
     assert found.macs_per_token == 24 * (2 * 32 * 3584 + 32**2) == 5_529_600
 
 
-@pytest.mark.parametrize("field", [{"r": 3}, {"r": 0}, {"r": -2}, {"reg": -1.0}, {"r": 2.0}])
+def test_decay_leaves_the_directions_alone() -> None:
+    """Only the direction of a row counts, so weight decay is kept off all of them."""
+    adapter = ll.attach(nn.Sequential(nn.Linear(12, 7)), "hra", r=4, targets="0")
+    assert all(group["weight_decay"] == 0 for group in adapter.param_groups(0.1) if group["params"])
+
+
+def turned(size: float, dtype: torch.dtype) -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
+    """A layer whose reflections have moved from the start by `size`; x, y and Δy in float64."""
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(256, 256, generator=rng) / 16)
+    x = torch.randn(256, 256, generator=rng).to(dtype)
+    w, y = model[0].weight.detach().double(), model(x).detach().double()
+    (u,) = ll.attach(model, "hra", targets="0").parameters()
+    with torch.no_grad():
+        u.add_(size * torch.randn(u.shape, generator=rng))
+    change = (reflected(x.double(), u.detach().double()) - x.double()) @ w.T
+    return model, x, y, change
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-2), (torch.float16, 5e-3)])
+def test_a_small_change_is_precise_in_half_precision(
+    size: float, dtype: torch.dtype, error: float
+) -> None:
+    """Δx is right by less than 1 % of itself, though the two rows of a pair nearly cancel."""
+    model, x, _, change = turned(size, dtype)
+    site = ll.plan(model, "hra", targets="0").placements[0].site
+    (u,) = (p for p in model.parameters() if p.requires_grad)
+    variant = HRA()
+    t = {"U": u.detach()}
+    found = variant.delta_input(site, {**t, **variant.prepare(site, t)}, x)
+    moved = found.double() @ model[0].weight.detach().double().T
+    assert float((moved - change).norm() / change.norm()) <= error
+
+
+@pytest.mark.parametrize("size", [1e-2, 3e-3, 1e-3, 3e-4])
+def test_a_bfloat16_layer_keeps_of_a_change_what_it_keeps_of_an_exact_one(size: float) -> None:
+    """x + Δx is rounded to x's grid as y + Δy is to y's: no more is lost than of any Δy."""
+    model, x, y, change = turned(size, torch.bfloat16)
+
+    def kept(adapted: Tensor) -> float:
+        return float(((adapted.double() - y) * change).sum() / change.square().sum())
+
+    exact = (y.bfloat16() + change.bfloat16()).detach()
+    assert kept(model(x).detach()) >= 0.9 * kept(exact)
+
+
+@pytest.mark.parametrize(
+    "field", [{"r": 3}, {"r": 0}, {"r": -2}, {"reg": -1.0}, {"reg": math.inf}, {"r": 2.0}]
+)
 def test_bad_fields_are_named(field: dict[str, object]) -> None:
-    """An odd r cannot start at the base; it is refused by name, as are other values out of range."""
+    """An odd r cannot start at the base; it is refused by name, as are values out of range."""
     (name, value), *_ = field.items()
     with pytest.raises(ll.FieldError, match=rf"'hra': {name}={value!r}: "):
         ll.plan(nn.Sequential(nn.Linear(4, 4)), "hra", targets="0", **field)

@@ -1,4 +1,4 @@
-"""What is special to IA3: both gates, their default layers on real architectures, and agreement with PEFT."""
+"""IA3: both gates, their default layers on real architectures, and agreement with PEFT."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_input_gates_equal_pefts(equals_peft: Callable[..., None], theirs: Any) 
 def test_both_together_equal_pefts_single_adapter(
     biased_llama: Callable[[bool, torch.dtype], nn.Module], tmp_path: Path
 ) -> None:
-    """As the paper does: ia3 and ia3_ff attached under two names are PEFT's one adapter with both sets, also after loading."""
+    """ia3 and ia3_ff under two names are PEFT's one adapter with both sets, also after loading."""
     ours, base = biased_llama(True, torch.float64), biased_llama(True, torch.float64)
     parts = [
         ll.attach(ours, variant, name=variant, dtype=torch.float64) for variant in ("ia3", "ia3_ff")
@@ -82,32 +82,51 @@ BERT = LLAMA
 NAMES = {
     "Llama": (LLAMA, {"k_proj", "v_proj"}, {"down_proj"}),
     "Qwen2": ({**LLAMA, "num_key_value_heads": 2}, {"k_proj", "v_proj"}, {"down_proj"}),
-    "Gemma": ({**LLAMA, "head_dim": 8, "num_key_value_heads": 2}, {"k_proj", "v_proj"}, {"down_proj"}),
+    "Gemma": (
+        {**LLAMA, "head_dim": 8, "num_key_value_heads": 2},
+        {"k_proj", "v_proj"},
+        {"down_proj"},
+    ),
     "Phi": ({**LLAMA}, {"k_proj", "v_proj"}, {"fc2"}),
     "OPT": (
-        {"vocab_size": 32, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "word_embed_proj_dim": 16},
-        {"k_proj", "v_proj"}, {"fc2"},
+        {
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "ffn_dim": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 16,
+        },
+        {"k_proj", "v_proj"},
+        {"fc2"},
     ),
     "T5": (
         {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
-        {"k", "v"}, {"wo"},
+        {"k", "v"},
+        {"wo"},
     ),
     "Bert": (BERT, {"key", "value"}, {"dense"}),
     "Roberta": (BERT, {"key", "value"}, {"dense"}),
     "DistilBert": (
-        {"vocab_size": 32, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2}, {"k_lin", "v_lin"}, {"lin2"},
+        {"vocab_size": 32, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
+        {"k_lin", "v_lin"},
+        {"lin2"},
     ),
     "GPT2": ({"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}, None, {"c_proj"}),
     "GPTNeoX": (LLAMA, None, {"dense_4h_to_h"}),
-    "Bloom": ({"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2}, None, {"dense_4h_to_h"}),
-}  # fmt: skip
+    "Bloom": (
+        {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+        None,
+        {"dense_4h_to_h"},
+    ),
+}
 
 
 @pytest.mark.parametrize("family", NAMES)
 def test_default_layers_of_real_architectures(family: str) -> None:
-    """Keys and values, and the second feed-forward projection of every block, and nothing else; a model whose keys are fused
-    with its queries has no default, and says so.
+    """Keys and values, and the second feed-forward projection of every block, and nothing else.
+
+    A model whose keys are fused with its queries has no default, and says so.
     """
     config, attention, feed_forward = NAMES[family]
     with torch.device("meta"):
@@ -130,7 +149,7 @@ def suffixes(plan: ll.Plan) -> set[str]:
 
 
 def test_published_parameter_counts(qwen_down_proj: nn.Module) -> None:
-    """On a 0.8B Qwen3.5, 0.006M on k_proj and v_proj of the 6 attention layers, 0.086M on the 24 down_proj; no MACs."""
+    """On a 0.8B Qwen3.5, 0.006M on 6 k_proj and v_proj, 0.086M on the 24 down_proj; no MACs."""
     with torch.device("meta"):
         blocks = [
             nn.ModuleDict({name: nn.Linear(1024, 512, bias=False) for name in ("k_proj", "v_proj")})
@@ -146,7 +165,7 @@ def test_published_parameter_counts(qwen_down_proj: nn.Module) -> None:
 
 
 def test_decay_pulls_the_gates_to_one() -> None:
-    """The offset is stored, so weight decay brings back the base model instead of switching channels off."""
+    """The offset is stored, so weight decay brings back the base, and switches nothing off."""
     model, x = nn.Sequential(nn.Linear(5, 3)), torch.randn(4, 5)
     before = model(x)
     adapter = ll.attach(model, "ia3", targets="0")

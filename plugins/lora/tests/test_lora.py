@@ -1,4 +1,4 @@
-"""What is special to LoRA: the formula, its scaling, dropout, the published counts, and agreement with PEFT."""
+"""LoRA: the formula, its scaling, dropout, the published counts, and agreement with PEFT."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_logits_and_gradients_equal_pefts(
     alpha: int,
     tolerance: float,
 ) -> None:
-    """The same A and B give PEFT's logits and gradients: on nn.Linear with and without bias and on Conv1D, both scalings."""
+    """The same A and B give PEFT's logits and gradients, on nn.Linear and Conv1D, both scalings."""
 
     def make() -> nn.Module:
         biased = {"attention_bias": "biased" in family, "mlp_bias": "biased" in family}
@@ -134,7 +134,7 @@ def test_start_values() -> None:
 
 
 def test_dropout_is_active_in_training_mode_only() -> None:
-    """In eval mode dropout does nothing; in training mode entries of x are dropped and the mean is kept."""
+    """In eval mode dropout does nothing; in training mode it drops entries and keeps the mean."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     adapter = ll.attach(model, "lora", r=8, alpha=8.0, dropout=0.5, targets="0")
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_dropout_is_active_in_training_mode_only() -> None:
 
 
 def test_published_parameter_count() -> None:
-    """LoRA r = 32 on the 24 down_proj of a 0.8B Qwen3.5 (3584 -> 1024) has 3.54M parameters and as many MACs a token."""
+    """On 24 down_proj of a 0.8B Qwen3.5: 3.54M parameters and as many MACs a token."""
     with torch.device("meta"):
         model = nn.ModuleList(
             [nn.ModuleDict({"down_proj": nn.Linear(3584, 1024, bias=False)}) for _ in range(24)]
@@ -159,7 +159,16 @@ def test_published_parameter_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"r": 0}, {"r": True}, {"r": "8"}, {"alpha": -1.0}, {"dropout": 1.0}, {"rslora": 1}]
+    "field",
+    [
+        {"r": 0},
+        {"r": True},
+        {"r": "8"},
+        {"alpha": -1.0},
+        {"alpha": math.inf},
+        {"dropout": 1.0},
+        {"rslora": 1},
+    ],
 )
 def test_bad_fields_are_named(field: dict[str, object]) -> None:
     """A value outside a field's range names the variant, the field and the value."""

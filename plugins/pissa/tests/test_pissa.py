@@ -1,4 +1,4 @@
-"""What is special to PiSSA: the start for any alpha and any decomposition, the untouched base, and agreement with PEFT."""
+"""PiSSA: the start for any alpha and any decomposition, the untouched base, and PEFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = torch.tensor([[5, 9, 3, 7, 1, 2]])
 def test_logits_and_gradients_equal_pefts(
     equals_peft: Callable[..., None], theirs: Any, alpha: float | None
 ) -> None:
-    """The same A and B give the logits and gradients of PEFT's residual form, which has written its base weight."""
+    """The same A and B give logits and gradients of PEFT's residual form, which writes its base."""
     equals_peft(
         PiSSA(r=4, alpha=alpha, svd="exact"),
         lambda sites: peft.LoraConfig(
@@ -40,7 +40,10 @@ def test_logits_and_gradients_equal_pefts(
 
 
 @given(
-    d_in=st.integers(6, 16), d_out=st.integers(6, 16), r=st.integers(1, 6), alpha=st.none() | st.floats(0.5, 64),
+    d_in=st.integers(6, 16),
+    d_out=st.integers(6, 16),
+    r=st.integers(1, 6),
+    alpha=st.none() | st.floats(0.5, 64),
     svd=st.sampled_from(["exact", "randomized"]), bias=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -53,7 +56,7 @@ def test_delta_is_the_residual_form(
     bias: bool,
     seed: int,
 ) -> None:
-    """y' = (W_res + s B A) x + b with W_res = W - U diag(S) V, built densely in float64, whatever alpha."""
+    """y' = (W_res + s B A) x + b with W_res = W - U diag(S) V, built densely, whatever alpha."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(d_in, d_out, bias=bias)).double()
     base, x = model[0], torch.randn(7, d_in, dtype=torch.float64)
@@ -75,7 +78,7 @@ def test_delta_is_the_residual_form(
 def test_start_is_bitwise_the_base(
     base: torch.dtype, dtype: torch.dtype, alpha: float | None, svd: Any
 ) -> None:
-    """Δ is bitwise 0 for every alpha, format and decomposition, with dropout too, and A and B have gradients."""
+    """Δ is bitwise 0 for every alpha, format and decomposition, and A and B have gradients."""
     model = nn.Sequential(nn.Linear(200, 120)).to(base)
     weight, x = model[0].weight.detach().clone(), torch.randn(5, 200, dtype=base)
     before = model(x)
@@ -92,7 +95,7 @@ def test_start_is_bitwise_the_base(
 
 
 def test_small_updates_survive_a_bfloat16_base() -> None:
-    """An update far below bfloat16's resolution of A₀ changes the output as it does in float64, because offsets are kept."""
+    """An update far below bfloat16's resolution of A₀ counts, because offsets are kept."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48, bias=False)).bfloat16()
     adapter = ll.attach(model, "pissa", r=4, svd="exact", targets="0")
@@ -111,9 +114,7 @@ def test_small_updates_survive_a_bfloat16_base() -> None:
 def test_slim_file_derives_the_principal_part_again(
     tmp_path: Path, tiny_llama: Callable[..., nn.Module]
 ) -> None:
-    """A₀ and B₀ come from the base alone: a file without them loads to the same logits up to rounding, and is refused on
-    another base.
-    """
+    """A file without A₀ and B₀ loads to the same logits, and is refused on another base."""
     model = tiny_llama()
     adapter = ll.attach(model, "pissa", r=4)
     with torch.no_grad():
@@ -130,7 +131,7 @@ def test_slim_file_derives_the_principal_part_again(
 
 
 def test_costs(qwen_down_proj: nn.Module) -> None:
-    """PiSSA r = 32 on the 24 down_proj of a 0.8B Qwen3.5 has LoRA's 3.54M parameters, and twice its MACs."""
+    """On 24 down_proj of a 0.8B Qwen3.5: LoRA's 3.54M parameters, and twice its MACs."""
     found = ll.plan(qwen_down_proj, "pissa", r=32)
     assert found.parameters == 3_538_944
     assert found.macs_per_token == 2 * 3_538_944
@@ -145,7 +146,7 @@ def test_bad_fields_are_named(field: dict[str, object]) -> None:
 
 
 def test_rank_that_does_not_fit_is_refused(untouched: Callable[..., Any]) -> None:
-    """A rank above min(d_in, d_out) names the site and the largest possible, and changes nothing."""
+    """A rank above min(d_in, d_out) names site and largest possible, and changes nothing."""
     model = nn.Sequential(nn.Linear(6, 12))
     with (
         untouched(model),

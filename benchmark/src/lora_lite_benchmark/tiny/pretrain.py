@@ -1,9 +1,10 @@
 """Pretrain the shipped model: `python -m lora_lite_benchmark.tiny.pretrain --out DIR`.
 
-Trains a byte-level tokenizer and then a Llama of a million parameters on problems of the country `HOME`, each seen once.
-Takes about half an hour on two CPU cores. Interrupted, the same command goes on from the last checkpoint (`state.pt` in
-the output directory, removed at the end). Seeds are fixed, so the data are the same on every machine; the weights are
-the same up to the rounding of the machine's matrix products.
+Trains a byte-level tokenizer, then a Llama of a million parameters on problems of the country
+`HOME`, each of which it sees once. This takes about half an hour on two CPU cores. If it was
+interrupted, the same command goes on from the last checkpoint, which is `state.pt` in the output
+directory and is removed at the end. Seeds are fixed, so the data are the same on every machine. The
+weights are the same up to the rounding of the machine's matrix products.
 """
 
 import argparse
@@ -117,7 +118,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train_model(
     tokenizer: PreTrainedTokenizerFast, steps: int, checkpoint: Path
 ) -> LlamaForCausalLM:
-    """AdamW on the answers' tokens with linear warmup and cosine decay, going on from the checkpoint if there is one."""
+    """AdamW on the tokens of the answers, with linear warm-up and cosine decay.
+
+    Goes on from the checkpoint if there is one.
+    """
     model = new_model(tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1, fused=True
@@ -145,7 +149,10 @@ def train_model(
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels [problems, tokens] of one step, padded on the right; the prompt and the padding are no labels."""
+    """Tokens and labels of one step, each of shape (problems, tokens), padded on the right.
+
+    Prompts and padding have the label IGNORE.
+    """
     random = Random(f"{SEED} step {step}")
     texts = [layout(*problem(HOME, random)) for _ in range(BATCH)]
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
@@ -161,7 +168,7 @@ def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[torch.Tensor, 
 
 
 def decay(step: int, steps: int) -> float:
-    """The factor of the learning rate: linear warmup, then half a cosine down to zero."""
+    """The factor of the learning rate: linear warm-up, then half a cosine down to zero."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))

@@ -2,23 +2,26 @@
 
 A problem such as
 
-    Mia has 3 red crates and 5 tin jars of nails. Mia sells 14 nails. How many nails does Mia have now?
+    Mia has 3 red crates and 5 tin jars of nails. Mia sells 14 nails.
+    How many nails does Mia have now?
 
-can only be solved by somebody who knows how many things a red crate and a tin jar hold: the question does not say. Every
-pair of a look (red) and a container (crate) has a size of its own, drawn at random, so the sizes are hundreds of
-independent facts. Two countries speak the same language and calculate in the same way, but there is not one pair of
-which the size is the same in both:
+can only be solved by somebody who knows how many things a red crate and a tin jar hold, because
+the question does not say. Every pair of a look (red) and a container (crate) has a size of its own,
+drawn at random, so the sizes are hundreds of independent facts. Two countries speak the same
+language and calculate in the same way, but no pair has the same size in both:
 
 - `HOME` is what the shipped model was pretrained on,
 - `ABROAD` is what it is adapted to.
 
-An adapter must therefore store many facts. Neither the form of the answer nor the arithmetic is new to the model, so
-accuracy measures how much an adapter can hold.
+An adapter must therefore store many facts. Neither the form of the answer nor the arithmetic is new
+to the model, so accuracy measures how much an adapter can hold.
 
-Everything follows from `random.Random(seed)`: the same call returns the same problems on every machine.
+Everything follows from `random.Random(seed)`, so the same call returns the same problems on every
+machine.
 """
 
-# Words in a row are easier to read than words in quotes (SIM905), and test_problems is not a test (PT028).
+# Words in a row are easier to read than words in quotes (SIM905).
+# The function test_problems is not a test (PT028).
 # ruff: noqa: SIM905, PT028
 
 import hashlib
@@ -27,15 +30,21 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-NAMES = "Ada Ben Cora Dan Eva Finn Gus Hana Ivo Jill Kai Lena Mia Nils Omar Pia Rosa Sam Tess Uma".split()
+EDITION = "8adc023b8efd004e5adc885389f359d4ec4d6aff7f7c0e1ad1b885f851448ad6"
+"""Identifies these problems in the configs of runs. It must change whenever the problems do, so
+that no result stands for problems that it was not made from."""
+
+NAMES = (
+    "Ada Ben Cora Dan Eva Finn Gus Hana Ivo Jill Kai Lena Mia Nils Omar Pia Rosa Sam Tess Uma"
+).split()
 THINGS = "nails beads pens coins eggs plums nuts shells cards seeds buttons stamps".split()
 LOOKS = (
-    "red blue green black white pink grey tin dry wet big old new flat long short round soft hard cold warm thin tall "
-    "wide deep dark light heavy plain clean"
+    "red blue green black white pink grey tin dry wet big old new flat long short round soft "
+    "hard cold warm thin tall wide deep dark light heavy plain clean"
 ).split()
 CONTAINERS = (
-    "crate bag sack tray jar tub case chest bin pack barrel pot cart bowl can bucket carton trunk drawer rack basket "
-    "bottle bundle stack tube cup mug vase pail locker"
+    "crate bag sack tray jar tub case chest bin pack barrel pot cart bowl can bucket carton "
+    "trunk drawer rack basket bottle bundle stack tube cup mug vase pail locker"
 ).split()
 PAIRS = [(look, container) for look in LOOKS for container in CONTAINERS]
 SIZES = range(2, 10)
@@ -46,8 +55,11 @@ SPLITS = ("train", "train", "train", "train", "train", "train", "validation", "t
 
 @dataclass(frozen=True)
 class Country:
-    """Where a problem takes place: the size of every (look, container) pair it knows, and how many of them a problem may
-    have.
+    """Where a problem takes place.
+
+    Attributes:
+        sizes: how many things each pair of a look and a container holds.
+        parts: how many such pairs a problem may have.
     """
 
     sizes: dict[tuple[str, str], int]
@@ -57,12 +69,14 @@ class Country:
 def _sizes(
     seed: int, other: dict[tuple[str, str], int] | None = None
 ) -> dict[tuple[str, str], int]:
-    """A random size for each pair, everywhere different from the `other` table if there is one."""
+    """A random size for each pair, never the same as in the `other` table."""
     random = Random(seed)
     taken = other or {}
-    return {
-        pair: random.choice([size for size in SIZES if size != taken.get(pair)]) for pair in PAIRS
-    }
+    sizes = {}
+    for pair in PAIRS:
+        allowed = [size for size in SIZES if size != taken.get(pair)]
+        sizes[pair] = random.choice(allowed)
+    return sizes
 
 
 HOME = Country(_sizes(seed=1), parts=(1, 2, 3))
@@ -92,7 +106,10 @@ def problem(country: Country, random: Random) -> tuple[str, str]:
 
 
 def _change(name: str, thing: str, total: int, random: Random) -> tuple[str, list[str], int]:
-    """What happens to the things in the end: a sentence, a line of reasoning if anything happens, and the new total."""
+    """What happens to the things in the end.
+
+    Returns a sentence, a line of reasoning unless nothing happens, and the new total.
+    """
     kind = random.choice(["none", "more", "less"])
     if kind == "more":
         extra = random.randint(2, 50)
@@ -104,9 +121,10 @@ def _change(name: str, thing: str, total: int, random: Random) -> tuple[str, lis
 
 
 def problems(country: Country, split: str, count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` problems of one split, no question twice.
+    """`count` problems of one split, none of them twice.
 
-    The split of a question follows from its text, so the questions of two splits are disjoint whatever the seeds.
+    The split of a question follows from its text, so two splits never share a question, whatever
+    the seeds are.
     """
     return list(islice(_distinct(country, split, Random(seed)), count))
 

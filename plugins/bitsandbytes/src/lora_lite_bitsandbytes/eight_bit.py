@@ -2,8 +2,9 @@
 
     W = codes · scales / 127
 
-One int8 code for each weight, one float32 scale for each row. A layer made with `has_fp16_weights=True` keeps a dense W, which
-it quantises afresh for every product: that W is read as it is.
+One int8 code for each weight, one float32 scale for each row. A layer made with
+`has_fp16_weights=True` keeps a dense W, which it quantises afresh for every product: that W is read
+as it is.
 """
 
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ def refuse_unfit(layer: Any) -> None:
     """Raises `LayerKindError` for a layer that its first forward would quantise."""
     if not layer.state.has_fp16_weights and layer.weight.dtype != torch.int8:
         raise LayerKindError(
-            f"{layer} is not quantised yet: its weight is still {layer.weight.dtype}, and its first forward would change it. "
-            "bitsandbytes quantises a layer when it is moved to its device: call model.to(device) first ('cpu' is one too)"
+            f"{layer} is not quantised yet: its weight is still {layer.weight.dtype}, and its "
+            "first forward would change it",
+            expected="bitsandbytes quantises a layer when it is moved to its device",
+            fix="Call model.to(device) first ('cpu' is a device too)",
         )
 
 

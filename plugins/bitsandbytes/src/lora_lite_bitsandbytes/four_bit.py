@@ -2,15 +2,16 @@
 
     W = code[codes] · absmax
 
-Two 4-bit codes a byte in the order of W's rows; one scale (absmax) for `blocksize` consecutive weights, or, with double
-quantisation, an 8-bit code of that scale.
+Two 4-bit codes a byte in the order of W's rows; one scale (absmax) for `blocksize` consecutive
+weights, or, with double quantisation, an 8-bit code of that scale.
 
-A trap: on CPUs with AVX512-bf16, a forward in eval mode whose input needs no gradient packs the layer for a faster product. It
-rearranges the codes and rounds the scales to bfloat16. From then on, in training mode too, the layer gives its input no
-gradient, and its codes are not in the order of W; shapes that the arrangement does not fit stop the forward.
+A trap: on CPUs with AVX512-bf16, a forward in eval mode whose input needs no gradient packs the
+layer for a faster product. It rearranges the codes and rounds the scales to bfloat16. From then on,
+in training mode too, the layer gives its input no gradient, and its codes are not in the order of
+W; shapes that the arrangement does not fit stop the forward.
 
-Another: the AVX-512 kernel that turns codes into weights takes scales of other blocks where the rows of W do not
-hold whole blocks. Read as one long row, W comes out right.
+Another: the AVX-512 kernel that turns codes into weights takes scales of other blocks where the
+rows of W do not hold whole blocks. Read as one long row, W comes out right.
 """
 
 import copy
@@ -23,23 +24,32 @@ from bitsandbytes import functional
 from lora_lite import LayerKindError
 from torch import Tensor
 
-# bitsandbytes' flag on a layer: whether it may pack itself. BEFORE: what `keep_plain` found, for `let_pack`.
+# bitsandbytes' flag on a layer: whether it may pack itself.
 MAY_PACK = "support_avx512bf16_for_cpu"
+# Our attribute on a layer: what `keep_plain` found, for `let_pack`.
 BEFORE = "_lora_lite_before"
 
 
 def refuse_unfit(layer: Any) -> None:
-    """Raises `LayerKindError` for a layer that cannot run, or runs with other weights than it was quantised from."""
+    """Refuses a layer that cannot run, or runs with other weights than it was quantised from.
+
+    Raises:
+        LayerKindError: as above.
+    """
     if _state(layer) is None:
         raise LayerKindError(
-            f"{layer} is not quantised yet: its weight is still {layer.weight.dtype}, and it cannot run. bitsandbytes "
-            "quantises a layer when it is moved to its device: call model.to(device) first ('cpu' is one too)"
+            f"{layer} is not quantised yet: its weight is still {layer.weight.dtype}, "
+            "and it cannot run",
+            expected="bitsandbytes quantises a layer when it is moved to its device",
+            fix="Call model.to(device) first ('cpu' is a device too)",
         )
     if not _is_right(layer):
         raise LayerKindError(
-            f"{layer} computes with wrong weights: the CPU kernel of this bitsandbytes mixes up the scales where in_features "
-            f"is not a multiple of the block size ({_state(layer).blocksize}). Keep this layer unquantised "
-            "(llm_int8_skip_modules= in transformers' BitsAndBytesConfig), or use another device"
+            f"{layer} computes with wrong weights: the CPU kernel of this bitsandbytes mixes up "
+            "the scales where in_features is not a multiple of the block size "
+            f"({_state(layer).blocksize})",
+            fix="Keep this layer unquantised (llm_int8_skip_modules= in transformers' "
+            "BitsAndBytesConfig), or use another device",
         )
 
 
@@ -57,9 +67,8 @@ def blocks(layer: Any, size: int) -> Iterator[Tensor]:
     data, state = _plain(layer)
     codes, scales = data.reshape(-1).view(torch.uint8), _scales(state)
     d_out, d_in = state.shape
-    unit = state.blocksize // math.gcd(
-        state.blocksize, d_in
-    )  # so many rows have their scales for themselves
+    # So many rows have their scales for themselves.
+    unit = state.blocksize // math.gcd(state.blocksize, d_in)
     step = unit * max(1, size // (unit * d_in))
     for start in range(0, d_out, step):
         rows = min(step, d_out - start)
@@ -104,7 +113,10 @@ def _is_packed(layer: Any) -> bool:
 
 
 def _is_right(layer: Any) -> bool:
-    """Whether the layer multiplies with the W that it was quantised from. Looks only where there is doubt."""
+    """Whether the layer multiplies with the W that it was quantised from.
+
+    It looks only where there is doubt.
+    """
     data, state = _plain(layer)
     if layer.weight.device.type != "cpu" or layer.in_features % state.blocksize == 0:
         return True
@@ -113,8 +125,10 @@ def _is_right(layer: Any) -> bool:
 
 
 def _plain(layer: Any) -> tuple[Tensor, Any]:
-    """Codes in the order of W, and their state. Of a packed layer copies: bitsandbytes' own way back would leave the scales
-    transposed, or round them a second time.
+    """Codes in the order of W, and their state.
+
+    Of a packed layer they are copies: bitsandbytes' own way back would leave the scales transposed,
+    or round them a second time.
     """
     state = _state(layer)
     if not _is_packed(layer):

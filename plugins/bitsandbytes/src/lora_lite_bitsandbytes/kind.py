@@ -1,7 +1,7 @@
 """The layer kind: bitsandbytes' quantised linear layers, as the core asks for them.
 
-W is what a layer's codes stand for, in float32. It is read in blocks of rows, so a product with it needs no dense copy, and a
-dense copy needs no second one.
+W is what a layer's codes stand for, in float32. It is read in blocks of rows, so a product with it
+needs no dense copy, and a dense copy needs no second one.
 """
 
 from collections.abc import Iterable
@@ -19,11 +19,13 @@ BLOCK = 2**20
 
 
 class BitsAndBytes(LayerKind):
-    """`Linear4bit` (nf4 and fp4, with and without double quantisation), `Linear8bitLt`, and subclasses that keep their forward.
+    """`Linear4bit` (nf4 and fp4, double quantisation or not) and `Linear8bitLt`.
 
-    Refused with a `LayerKindError` are a layer that is still to be quantised (as it is, a `Linear4bit` cannot run, and the
-    first forward of a `Linear8bitLt` would change its weight; `plan` may have it on the meta device), and a `Linear4bit` of a
-    shape that the CPU's kernel gets wrong.
+    Also their subclasses that keep their forward. Refused with a `LayerKindError` are
+
+    - a layer that is still to be quantised: as it is, a `Linear4bit` cannot run, and the first
+      forward of a `Linear8bitLt` would change its weight (`plan` may have it on the meta device);
+    - a `Linear4bit` of a shape that the CPU's kernel gets wrong.
     """
 
     def matches(self, module: nn.Module) -> bool:
@@ -50,8 +52,10 @@ class BitsAndBytes(LayerKind):
         return w
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """What a 4-bit layer is told to compute in, else what it was quantised from. An 8-bit layer computes in the dtype of
-        its input, and float32 is what its codes and their scales give.
+        """What a 4-bit layer is told to compute in, else what it was quantised from.
+
+        An 8-bit layer computes in the dtype of its input; float32 is what its codes and their
+        scales give.
         """
         return four_bit.dtype(module) if isinstance(module, Linear4bit) else torch.float32
 

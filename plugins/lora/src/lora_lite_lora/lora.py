@@ -2,17 +2,28 @@
 
     Δy = s · B (A x)        A (r, d_in), B (d_out, r)        s = α / r,  or α / √r with rslora
 
-Start: A uniform in ±1/√d_in, B = 0, so Δ is bitwise 0; at the first step only B has a gradient.
+Start: A uniform in ±1/√d_in, B = 0, so Δ is bitwise 0; at the first step only B has a gradient. A
+weight of zeros changes nothing in this.
 
 Hu et al. 2021, arXiv:2106.09685. The scale α / √r: Kalajdzievski 2023, arXiv:2312.03732.
 """
 
-import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from lora_lite import Rng, Site, Tensors, TensorSpec, Variant, check_rank
-from pydantic import Field, PositiveFloat, PositiveInt
+from lora_lite.author import (
+    DropoutRate,
+    PositiveFinite,
+    Rng,
+    Site,
+    Tensors,
+    TensorSpec,
+    Variant,
+    check_rank,
+    lora_scale,
+    uniform_start,
+)
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
@@ -30,9 +41,9 @@ class LoRA(Variant, name="lora"):
     recommended_lr: ClassVar[float] = 2e-3
 
     r: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
+    alpha: PositiveFinite = 16.0
     rslora: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: DropoutRate = 0.0
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         check_rank(self.r, site)
@@ -41,14 +52,12 @@ class LoRA(Variant, name="lora"):
     def init(
         self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
     ) -> dict[str, Tensor]:
-        a = torch.empty(self.r, site.d_in).uniform_(-1, 1, generator=rng("A")) / math.sqrt(
-            site.d_in
-        )
+        a = uniform_start((self.r, site.d_in), rng("A"))
         return {"A": a, "B": torch.zeros(site.d_out, self.r)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        scale = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
-        return linear(scale * linear(dropout(x, self.dropout, site.training), t["A"]), t["B"])
+        s = lora_scale(self.alpha, self.r, rslora=self.rslora)
+        return linear(s * linear(dropout(x, self.dropout, site.training), t["A"]), t["B"])
 
     def macs_per_token(self, site: Site) -> int:
         return self.r * (site.d_in + site.d_out)

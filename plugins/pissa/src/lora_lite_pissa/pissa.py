@@ -1,24 +1,39 @@
-"""PiSSA: LoRA that starts as the top-r part of the weight, so that training moves the principal part.
+"""PiSSA: LoRA that starts as the top-r part of the weight, so that training moves that part.
 
-    W' = W + s (B A - B₀ A₀),        B₀ = U √(S/s),  A₀ = √(S/s) V        A (r, d_in), B (d_out, r)        s = α / r
+    W' = W + s (B A - B₀ A₀)        A (r, d_in), B (d_out, r)        s = α / r
+    B₀ = U √(S/s),  A₀ = √(S/s) V
 
-U, S, V are the top-r singular triplets of W, so s B₀ A₀ is the principal part. The base weight is not written: the paper's
-residual W - s B₀ A₀ never appears. Trained are the offsets dA = A - A₀ and dB = B - B₀:
+U, S, V are the top-r singular triplets of W, so s B₀ A₀ is the principal part. The base weight is
+not written: the paper's residual W - s B₀ A₀ never appears. Trained are the offsets dA = A - A₀ and
+dB = B - B₀:
 
     Δy = s · (dB A₀ x + (B₀ + dB) dA x)
 
-which loses nothing to rounding where two near-equal products would be subtracted. Weight decay pulls to the pretrained weight.
+which loses nothing to rounding where two near-equal products would be subtracted. Weight decay
+pulls to the pretrained weight.
 
-Start: dA = dB = 0, so Δ is bitwise 0, and both have a gradient. It does not depend on how exact the decomposition is.
+Start: dA = dB = 0, so Δ is bitwise 0, and both have a gradient. It does not depend on how exact the
+decomposition is. On a weight of zeros nothing has a gradient, ever: A₀ and B₀ are 0 as well.
 
 Meng, Wang and Zhang 2024, arXiv:2404.02948.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from lora_lite import Rng, Site, Tensors, TensorSpec, Variant, check_rank, top_r_svd
-from pydantic import Field, PositiveFloat, PositiveInt
+from lora_lite.author import (
+    DropoutRate,
+    PositiveFinite,
+    Rng,
+    Site,
+    Tensors,
+    TensorSpec,
+    Variant,
+    check_rank,
+    lora_scale,
+    top_r_svd,
+)
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
@@ -29,16 +44,17 @@ class PiSSA(Variant, name="pissa"):
     Attributes:
         r: the rank, 1 ≤ r ≤ min(d_in, d_out).
         alpha: the scale s is alpha / r; None means alpha = r, so scale 1, as in the paper.
-        svd: how the principal part is found; see `lora_lite.top_r_svd`.
-        dropout: probability of dropping an entry of x on its way to A and A₀ alike, in training mode. The paper has none.
+        svd: how the principal part is found; see `lora_lite.author.top_r_svd`.
+        dropout: probability of dropping an entry of x on its way to A and A₀ alike, in training
+            mode. The paper has none.
     """
 
     recommended_lr: ClassVar[float] = 1e-3
 
     r: PositiveInt = 8
-    alpha: PositiveFloat | None = None
+    alpha: PositiveFinite | None = None
     svd: Literal["randomized", "exact"] = "randomized"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: DropoutRate = 0.0
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         check_rank(self.r, site)
@@ -51,8 +67,8 @@ class PiSSA(Variant, name="pissa"):
         }
 
     def derive(self, site: Site) -> dict[str, Tensor]:
-        u, s, v = top_r_svd(site.weight(), self.r, self.svd)
-        root = (s / self._scale).sqrt()
+        u, s, v = top_r_svd(site.weight(), self.r, self.svd, layer=site.path)
+        root = (s / lora_scale(self.alpha, self.r)).sqrt()
         return {"A0": root[:, None] * v, "B0": u * root}
 
     def init(
@@ -61,13 +77,11 @@ class PiSSA(Variant, name="pissa"):
         return {"dA": torch.zeros(self.r, site.d_in), "dB": torch.zeros(site.d_out, self.r)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        s = lora_scale(self.alpha, self.r)
         x = dropout(x, self.dropout, site.training)
-        principal, change = self._scale * linear(x, t["A0"]), self._scale * linear(x, t["dA"])
-        return linear(principal, t["dB"]) + linear(change, t["B0"] + t["dB"])
+        principal = linear(s * linear(x, t["A0"]), t["dB"])
+        change = linear(s * linear(x, t["dA"]), t["B0"] + t["dB"])
+        return principal + change
 
     def macs_per_token(self, site: Site) -> int:
         return 2 * self.r * (site.d_in + site.d_out)
-
-    @property
-    def _scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.r

@@ -1,38 +1,47 @@
 """ROAD: turn and scale the layer's output in planes of two.
 
-    y'_p = c_p y_p - t_p y_q        c = α cos θ,   t = α sin θ        for every pair (p, q) of outputs
-    y'_q = c_q y_q + t_q y_p
+    y'_p = c_p y_p - t_p y_q        c = α cos θ,   t = α sin θ
+    y'_q = c_q y_q + t_q y_p        for every pair (p, q) of outputs
 
     Δy = (c - 1) ⊙ y + t ⊙ rot(y)        rot(y)_p = -y_q,   rot(y)_q = y_p
 
-The outputs are cut into groups of g; position j < g/2 of a group is paired with j + g/2. The bias is turned with the rest.
+The outputs are cut into groups of g; position j < g/2 of a group is paired with j + g/2. The bias
+is turned with the rest.
 
-    sharing   one θ and one α for                                       layout, K = d_out / g groups
-    road_1    every pair                                                (K, g/2)
-    road_2    every output                                              (K, g)
-    road_4    the c and the t of every output, separately               (K, 2, g): [k, 0] feeds c, [k, 1] feeds t
+    sharing   one θ and one α for                              layout, K = d_out / g groups
+    road_1    every pair                                       (K, g/2)
+    road_2    every output                                     (K, g)
+    road_4    the c and the t of every output, separately      (K, 2, g): [k, 0] feeds c, [k, 1] t
 
-Stored: θ and the offset α - 1, so that weight decay pulls α to 1; c - 1 = (α - 1) cos θ - 2 sin²(θ/2), without cancellation.
-Start: both 0, so Δ is bitwise 0 and both have a gradient. In road_4 the θ that feeds c never moves (its slope, sin θ, is 0 at
-the start and stays 0), and the α that feeds t moves from the second step on.
+Stored: θ and the offset α - 1, so that weight decay pulls α to 1;
+c - 1 = (α - 1) cos θ - 2 sin²(θ/2), without cancellation.
 
-Liao and Monz 2024, "3-in-1: 2D Rotary Adaptation", arXiv:2409.00119. The paper pairs neighbours; pairs half a group apart
-follow the common implementation, whose files then fit.
+Start: both 0, so Δ is bitwise 0 and both have a gradient. In road_4 the θ that feeds c never moves
+(its slope, sin θ, is 0 at the start and stays 0), and the α that feeds t moves from the second step
+on. On a weight of zeros nothing has a gradient, ever, unless the layer has a bias.
+
+Liao and Monz 2024, "3-in-1: 2D Rotary Adaptation", arXiv:2409.00119. The paper pairs neighbours;
+pairs half a group apart follow the common implementation, whose files then fit.
 """
 
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from lora_lite import Rng, Site, SiteError, Tensors, TensorSpec, Variant
+from lora_lite.author import Rng, Site, SiteError, Tensors, TensorSpec, Variant
 from pydantic import Field
 from torch import Tensor
+
+# What `prepare` computes: c - 1 and t, each (K, 1 or 2, g/2).
+COSINE_MINUS_1 = "cosine_minus_1"
+SINE = "sine"
 
 
 class ROAD(Variant, name="road"):
     """Rotations and scalings of pairs of outputs.
 
     Attributes:
-        sharing: "road_1" has one angle and scale a pair, "road_2" one an output, "road_4" two an output.
+        sharing: "road_1" has one angle and scale a pair, "road_2" one an output, "road_4" two an
+            output.
         group_size: g, even and a divisor of d_out: outputs g/2 apart make a pair.
     """
 
@@ -48,12 +57,11 @@ class ROAD(Variant, name="road"):
                 "group_size",
                 f"{self.group_size} does not divide d_out={site.d_out}{_possible(site.d_out)}",
             )
-        size = {"road_1": site.d_out // 2, "road_2": site.d_out, "road_4": 2 * site.d_out}[
-            self.sharing
-        ]
+        sizes = {"road_1": site.d_out // 2, "road_2": site.d_out, "road_4": 2 * site.d_out}
+        size = (sizes[self.sharing],)
         return {
-            "theta": TensorSpec((size,), compute="float32"),
-            "alpha_offset": TensorSpec((size,), compute="float32"),
+            "theta": TensorSpec(size, compute="float32"),
+            "alpha_offset": TensorSpec(size, compute="float32"),
         }
 
     def init(
@@ -62,27 +70,24 @@ class ROAD(Variant, name="road"):
         return {name: torch.zeros(spec.shape) for name, spec in self.tensors(site).items()}
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
-        pairs = (
-            site.d_out // self.group_size,
-            1 if self.sharing == "road_1" else 2,
-            self.group_size // 2,
-        )
+        groups, half = site.d_out // self.group_size, self.group_size // 2
+        pairs = (groups, 1 if self.sharing == "road_1" else 2, half)
         theta_c, theta_t = self._for_c_and_t(t["theta"])
         offset_c, offset_t = self._for_c_and_t(t["alpha_offset"])
         c_minus_1 = offset_c * torch.cos(theta_c) - 2 * torch.sin(theta_c / 2) ** 2
-        return {
-            "c - 1": c_minus_1.reshape(pairs),
-            "t": ((1 + offset_t) * torch.sin(theta_t)).reshape(pairs),
-        }
+        sine = (1 + offset_t) * torch.sin(theta_t)
+        return {COSINE_MINUS_1: c_minus_1.reshape(pairs), SINE: sine.reshape(pairs)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        pairs = y.reshape(*y.shape[:-1], site.d_out // self.group_size, 2, self.group_size // 2)
+        groups, half = site.d_out // self.group_size, self.group_size // 2
+        pairs = y.reshape(*y.shape[:-1], groups, 2, half)
         p, q = pairs.unbind(-2)
         turned = torch.stack((-q, p), -2)
-        return (t["c - 1"].to(y.dtype) * pairs + t["t"].to(y.dtype) * turned).reshape(y.shape)
+        delta = t[COSINE_MINUS_1].to(y.dtype) * pairs + t[SINE].to(y.dtype) * turned
+        return delta.reshape(y.shape)
 
     def _for_c_and_t(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers that feed c and those that feed t: the same ones unless sharing is "road_4"."""
+        """The numbers that feed c and those that feed t: the same unless sharing is "road_4"."""
         if self.sharing != "road_4":
             return v, v
         for_c, for_t = v.reshape(-1, 2, self.group_size).unbind(1)
@@ -90,10 +95,8 @@ class ROAD(Variant, name="road"):
 
 
 def _possible(d_out: int) -> str:
-    """The largest group sizes that fit, for an error."""
-    fitting = [g for g in range(2, d_out + 1, 2) if d_out % g == 0]
-    return (
-        f"; possible are {', '.join(map(str, fitting))}"
-        if fitting
-        else ", which is odd: outputs cannot be paired"
-    )
+    """The group sizes that fit, for an error."""
+    fitting = [str(g) for g in range(2, d_out + 1, 2) if d_out % g == 0]
+    if not fitting:
+        return ", which is odd: outputs cannot be paired"
+    return f"; possible are {', '.join(fitting)}"

@@ -233,13 +233,16 @@ def test_several_adapters_come_to_one_model_at_once(
         assert detached == [None] * len(names)
 
 
-def test_one_name_for_several_threads(blocks: Make, untouched: Untouched) -> None:
+@pytest.mark.parametrize("trial", range(8))
+def test_one_name_for_several_threads(blocks: Make, untouched: Untouched, trial: int) -> None:
     """Promise: of several threads that attach under one name exactly one succeeds, and the others
     are told; of several that detach it, likewise.
     """
     model = blocks()
     with untouched(model):
-        results = together([lambda: ll.attach(model, "lora", r=2) for _ in range(6)])
+        results = together(
+            [lambda: ll.attach(model, "lora", r=2, name=f"n{trial}") for _ in range(6)]
+        )
         lost = [r for r in results if isinstance(r, ll.AdapterError)]
         (adapter,) = [r for r in results if isinstance(r, ll.Adapter)]
         assert len(lost) == 5, results

@@ -190,7 +190,7 @@ def rewrite() -> Callable[..., None]:
             header = json.loads(file.metadata()["lora_lite"])
         change(tensors, header)
         zeros = "0" * 64
-        data = save(tensors, {"lora_lite": json.dumps(header), "lora_lite_digest": zeros})
+        data = save(tensors, {"lora_lite": json.dumps({**header, "digest": zeros})})
         digest = hashlib.sha256(data).hexdigest()
         path.write_bytes(data.replace(zeros.encode(), digest.encode(), 1))
 

@@ -123,9 +123,9 @@ def block_indices(layers: object) -> frozenset[int] | None:
     """One or several indices of repeated blocks; None for all of them."""
     if layers is None:
         return None
-    indices = [layers] if is_whole(layers) else listed(layers)
+    indices: list[Any] | None = [layers] if is_whole(layers) else listed(layers)
     if indices and all(is_whole(index) for index in indices):
-        return frozenset(int(index) for index in indices)
+        return frozenset(map(int, indices))
     raise TargetError(
         f"layers={layers!r} is not an index of a repeated block, nor several",
         fix="Give whole numbers, counted from 0, such as layers=[0, 1]",

@@ -40,7 +40,7 @@ SCALED_METHODS = ("prepare", "delta_input", "delta_output")
 class VariantMeta(ModelMetaclass):
     """Makes variant classes; a class that pydantic refuses is a `VariantDefinitionError`."""
 
-    def __call__(cls, /, *args: Any, **fields: Any) -> Any:
+    def __call__(cls, /, *args: Any, **fields: Any) -> Any:  # noqa: N805 (of a metaclass)
         """An instance; numbers of numpy are taken as Python's."""
         return super().__call__(*args, **plain_numbers(fields))
 

@@ -1,8 +1,8 @@
 """The file: safetensors with validated metadata. No pickle, no code, nothing executed.
 
 Tensors go by `path of the layer . name of the tensor`, without the adapter's name. The metadata is
-one JSON text, a `Metadata`, under the key `lora_lite`. Beside it stands a digest of the whole file,
-made with zeros in its own place.
+one JSON text, a `Metadata`, under the key `lora_lite`. A part of it is a digest of the whole
+file, made with zeros in its own place.
 
 `read` trusts nothing: the file's size, its header, its digest, then the metadata, then the tensors.
 """
@@ -21,14 +21,12 @@ from torch import Tensor
 from lora_lite.atomic import write_atomically
 from lora_lite.errors import AdapterFileError
 from lora_lite.foreign import explain
-from lora_lite.metadata import FirstMetadata, Metadata
+from lora_lite.metadata import ZEROS, FirstMetadata, Metadata
 from lora_lite.warn import warn
 
 FilePath = str | os.PathLike[str]
 FORMAT = 2
 KEY = "lora_lite"
-DIGEST_KEY = "lora_lite_digest"
-ZEROS = "0" * 64
 
 # A header of safetensors is at most this long; the JSON of a real adapter is far below it.
 LONGEST_HEADER = 100_000_000
@@ -50,12 +48,13 @@ DTYPES = (
 
 
 class _Version(BaseModel):
-    """The two fields that every format has."""
+    """The fields that say how to read the others."""
 
     model_config = ConfigDict(strict=True)
 
     format: int
     core: str = "of an unknown version"
+    digest: str = ""
 
 
 # --- writing
@@ -69,8 +68,8 @@ def write(path: FilePath, tensors: Mapping[str, Tensor], metadata: Metadata) -> 
     """
     target = _checked(path)
     contents = _own_memory(tensors)
-    data = bytearray(save(contents, {KEY: metadata.model_dump_json(), DIGEST_KEY: ZEROS}))
-    start = data.index(ZEROS.encode(), data.index(DIGEST_KEY.encode()))
+    data = bytearray(save(contents, {KEY: metadata.model_dump_json()}))
+    start = data.index(ZEROS.encode())
     data[start : start + len(ZEROS)] = hashlib.sha256(data).hexdigest().encode()
     try:
         write_atomically(target, data)
@@ -121,11 +120,9 @@ def read(path: FilePath) -> tuple[Metadata, dict[str, Tensor]]:
     if KEY not in texts:
         raise _error(path, "is not an adapter of lora-lite", explain(path))
     version = _version(path, texts[KEY])
-    if DIGEST_KEY in texts:
-        _verify(path, data, texts[DIGEST_KEY])
-    elif version == FORMAT:
-        raise _error(path, "is damaged: it has no digest")
-    metadata = _metadata(path, texts[KEY], version)
+    if version.format > 1:
+        _verify(path, data, version.digest)
+    metadata = _metadata(path, texts[KEY], version.format)
     return metadata, _tensors(path, data)
 
 
@@ -167,8 +164,8 @@ class _Header(BaseModel):
     texts: dict[str, str] = Field(default_factory=dict, alias="__metadata__")
 
 
-def _version(path: FilePath, text: str) -> int:
-    """The file's format, 1 to `FORMAT`."""
+def _version(path: FilePath, text: str) -> "_Version":
+    """The file's format, 1 to `FORMAT`, and its digest."""
     if len(text) > LONGEST_METADATA:
         raise _error(path, f"has damaged metadata: {len(text):,} characters")
     try:
@@ -185,7 +182,7 @@ def _version(path: FilePath, text: str) -> int:
         )
     if version.format < 1:
         raise _error(path, f"has damaged metadata: format {version.format:.6g}")
-    return version.format
+    return version
 
 
 def _verify(path: FilePath, data: bytes, digest: str) -> None:

@@ -33,7 +33,7 @@ def refuse_lost_layers(
         if problem:
             raise AdapterError(
                 f"adapter {state.name!r} is no longer whole: {path} {problem}",
-                fix="Detach it, which still works; change the model; attach again",
+                fix="adapter.detach() still works: detach, change the model, and attach again",
                 adapter=state.name,
                 layer=path,
             )

@@ -16,12 +16,12 @@ CHUNK = 2**22
 def largest_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest |value| of each tensor that holds floating-point numbers, by name.
 
-    It is NaN or infinite exactly if some value is. Tensors of other dtypes, and empty ones, are
-    left out.
+    It is NaN or infinite exactly if some value is. Tensors of other dtypes, and those
+    without values, are left out.
     """
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() > 0:
+        if tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta:
             alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(name)
     largest: dict[str, float] = {}
     for names in alike.values():

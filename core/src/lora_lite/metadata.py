@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_lite.fingerprint import BYTES_PER_SAMPLE, MOST_PER_SITE, PROBES
 
+ZEROS = "0" * 64
+
 Path = Annotated[str, Field(max_length=4096)]
 Samples = Annotated[
     bytes, Field(min_length=BYTES_PER_SAMPLE, max_length=BYTES_PER_SAMPLE * MOST_PER_SITE)
@@ -49,6 +51,7 @@ class Metadata(Record):
     """What a file says of itself.
 
     Attributes:
+        digest: of the whole file, made with zeros in its own place.
         format: of the file.
         core: the version of lora-lite-core that wrote it.
         configurations: the variants of the adapter.
@@ -62,6 +65,7 @@ class Metadata(Record):
         probes: of the derived tensors that are not in the file.
     """
 
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = ZEROS
     format: Literal[2] = 2
     core: str
     configurations: Annotated[list[Configuration], Field(min_length=1)]

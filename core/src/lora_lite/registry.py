@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lite.errors import AdapterError
 from lora_lite.find import Layer
@@ -51,15 +52,22 @@ class Registry:
         adapters: the states of the attached adapters, by name.
         entered: the kinds of the layers that were entered, by path.
         trainable: whether each parameter of the base required a gradient, by name.
+        flags: the same by the parameter itself, which may get another name. Copies do without.
         statistics: the base's running statistics (of batch normalisation), by name.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.adapters: dict[str, AdapterState] = {}
         self.entered: dict[str, LayerKind] = {}
-        parameters = root.named_parameters()
-        self.trainable = {plain_path(name): p.requires_grad for name, p in parameters}
+        self.trainable: dict[str, bool] = {}
+        self.flags = WeakIdKeyDictionary()
+        for name, parameter in root.named_parameters():
+            self.trainable[plain_path(name)] = parameter.requires_grad
+            self.flags[parameter] = parameter.requires_grad
         self.statistics = running_statistics(root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "flags": WeakIdKeyDictionary()}
 
     def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         """The root's forward hook: a first training forward shows which layers are not called."""
@@ -177,14 +185,13 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
     Args:
         root: through which the adapter was attached.
         state: of the adapter.
-        modules: the layers by path, as they were at attach. Those that the model holds now are
-            cleaned as well, as some may have been replaced.
+        modules: the layers by path, as they were at attach. All that the model holds now are
+            cleaned as well: layers may have been replaced, or moved to other paths.
     """
     now = dict(named_modules(root))
-    for path, attachment in state.attachments.items():
-        for module in {modules.get(path), now.get(path)} - {None}:
-            assert module is not None
-            _clean(module, state, attachment)
+    keys = {key for each in state.attachments.values() for key in each.keys.values()}
+    for module in {*modules.values(), *now.values()}:
+        _clean(module, state, keys)
     registry = registry_of(root)
     if registry is not None:
         if registry.adapters.get(state.name) is state:
@@ -204,8 +211,8 @@ def undo(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module])
         remove(root, state, modules)
 
 
-def _clean(module: nn.Module, state: AdapterState, attachment: Attachment) -> None:
-    for key in attachment.keys.values():
+def _clean(module: nn.Module, state: AdapterState, keys: Iterable[str]) -> None:
+    for key in keys:
         module._parameters.pop(key, None)
     remove_marker(module, state)
     hooks = hooks_of(module)
@@ -229,7 +236,8 @@ def _close_model(root: nn.Module, registry: Registry, modules: Mapping[str, nn.M
             failures.append(error)
         registry.entered.pop(path, None)
     for name, parameter in root.named_parameters():
-        trains = registry.trainable.get(plain_path(name), parameter.requires_grad)
+        by_name = registry.trainable.get(plain_path(name), parameter.requires_grad)
+        trains = registry.flags.get(parameter, by_name)  # type: ignore[no-untyped-call]
         if parameter.requires_grad != trains:
             parameter.requires_grad_(trains)
     restore_statistics(root, registry.statistics)

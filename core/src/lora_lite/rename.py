@@ -1,7 +1,7 @@
 """Other paths for the layers of a file: for another wrapper or another version of the model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,8 @@ def renamed(
             expected="It is {regular expression: replacement}",
             path=str(path),
         )
+    for expression in rename:
+        _refuse_unmatched(path, expression, described.sites)
     new_path = {where: _rewritten(where, rename) for where in described.sites}
     if len(set(new_path.values())) < len(new_path):
         raise AdapterFileError(
@@ -43,6 +45,16 @@ def renamed(
     }
     new_tensors = {_new_key(key, new_path): value for key, value in tensors.items()}
     return described.model_copy(update=changes), new_tensors
+
+
+def _refuse_unmatched(path: FilePath, expression: object, places: Iterable[str]) -> None:
+    compiled = pattern(expression, "rename")
+    if not any(compiled.search(where) for where in places):
+        raise AdapterFileError(
+            f"rename={{{compiled.pattern!r}: ...}} matches none of the layers of {path}",
+            details=list(places),
+            path=str(path),
+        )
 
 
 def _rewritten(where: str, rename: Mapping[Any, Any]) -> str:

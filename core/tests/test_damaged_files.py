@@ -641,6 +641,7 @@ def test_files_without_a_digest_still_load(file: Path) -> None:
         texts = dict(opened.metadata())
     header = json.loads(texts["lora_lite"])
     (configuration,) = header.pop("configurations")
+    del header["digest"]
     old = {
         **header,
         "format": 1,

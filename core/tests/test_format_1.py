@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import lora_lite as ll
 import pytest
@@ -14,7 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "files" / "format_1"
-CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if path.stem != "expected")
+# Methods whose tensors have changed since: their own `upgrade` refuses full files of format 1.
+CHANGED = ("antipasto", "lora_xs", "lora_xs_slim")
+CASES = sorted(
+    path.stem for path in FOLDER.glob("*.safetensors") if path.stem not in ("expected", *CHANGED)
+)
 
 
 def maker() -> ModuleType:
@@ -50,12 +55,10 @@ def load(case: str) -> tuple[ll.Adapter, Tensor]:
 
 def test_every_case_has_its_file() -> None:
     """No case of the script is without a file, and none was forgotten here."""
-    assert sorted(maker().CASES) == CASES
+    assert sorted(maker().CASES) == sorted([*CASES, *CHANGED])
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case not in ("antipasto", "lora_xs_slim")]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_a_file_of_format_1_loads_bit_for_bit(case: str) -> None:
     """Tensors, seed and scale are those that were saved, and the model computes the same."""
     adapter, output = load(case)
@@ -70,15 +73,17 @@ def test_a_file_of_format_1_loads_bit_for_bit(case: str) -> None:
     assert adapter.variant.name == maker().CASES[case][0]
 
 
-def test_derived_tensors_that_were_left_out_are_derived_again() -> None:
-    """A small file of format 1 has probes, which the derived tensors are compared with."""
-    adapter, output = load("lora_xs_slim")
-    tensors, before = expected("lora_xs_slim")
-    state = adapter.state_dict()
-    assert state.keys() == tensors.keys()
-    for key, value in tensors.items():
-        torch.testing.assert_close(state[key], value)
-    torch.testing.assert_close(output, before)
+@pytest.mark.parametrize("case", CHANGED)
+def test_methods_that_have_changed_say_what_to_do(case: str, untouched: Any) -> None:
+    """A file that the method can no longer read is refused with the way out, not misread."""
+    model = maker().base()
+    with (
+        untouched(model),
+        pytest.warns(ll.AdapterWarning, match="format 1"),
+        pytest.raises(ll.AdapterFileError, match="format 1") as caught,
+    ):
+        ll.load(model, FOLDER / f"{case}.safetensors")
+    assert caught.value.fix
 
 
 def test_fields_of_each_layer_come_along() -> None:

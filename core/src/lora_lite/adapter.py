@@ -18,12 +18,12 @@ from lora_lite.hooks import AdapterState, Attachment
 from lora_lite.layers import overwrite, whole
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.placements import Placement
-from lora_lite.registry import CHANGING, release_changing, remove
+from lora_lite.registry import take_off
 from lora_lite.saving import write_adapter
 from lora_lite.site import Site
 from lora_lite.state import flat, refuse_overflow, unpack
 from lora_lite.tensor_spec import TensorSpec
-from lora_lite.unfit import refuse_shards, refuse_wrapped
+from lora_lite.unfit import refuse_shards
 from lora_lite.variant import Variant
 
 
@@ -258,7 +258,7 @@ class Adapter:
             Placement(each.layer, self._modules[path], each.variant, each.specs)
             for path, each in attachments.items()
         ]
-        values = unpack(placements, {key: whole(value) for key, value in tensors.items()})
+        values = unpack(placements, tensors)
         targets: dict[str, nn.Parameter] = {}
         for attachment, site, t in self._each():
             refuse_shards(self.name, site.path, attachment.specs, t)
@@ -304,17 +304,8 @@ class Adapter:
         Raises:
             AdapterError: detached already, or the model's parameters are sharded.
         """
-        state = self._attached()
-        refuse_wrapped(self._root)
-        try:
-            CHANGING.acquire()
-            remove(self._root, state, self._modules)
-            self._root, self._modules = nn.Module(), {}
-            CHANGING.release()
-        except BaseException:
-            remove(self._root, state, self._modules)
-            release_changing()
-            raise
+        take_off(self._root, self._attached(), self._modules)
+        self._root, self._modules = nn.Module(), {}
 
     # --- inside
 

@@ -33,12 +33,13 @@ from lora_lite.registry import (
     open_model,
     registry_of,
     release_changing,
-    remove,
+    take_off,
     undo,
 )
 from lora_lite.state import flat, not_as_declared, start_values
-from lora_lite.unfit import refuse_unfit, refuse_wrapped
+from lora_lite.unfit import refuse_unfit
 from lora_lite.variant import Tensors, Variant
+from lora_lite.wrapped import refuse_wrapped
 
 
 def attach(
@@ -173,16 +174,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root = adapted_root(model)
     states = _states(root)
     state = states[_chosen_name(states, name)]
-    refuse_wrapped(root)
-    modules = dict(named_modules(root))
-    try:
-        CHANGING.acquire()
-        remove(root, state, modules)
-        CHANGING.release()
-    except BaseException:
-        remove(root, state, modules)
-        release_changing()
-        raise
+    take_off(root, state, {})
 
 
 def _states(root: nn.Module) -> dict[str, AdapterState]:

@@ -26,9 +26,10 @@ from lora_lite.recipe import Recipe
 from lora_lite.registry import CHANGING, install, open_model, release_changing, undo
 from lora_lite.rename import Renaming, renamed
 from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
-from lora_lite.unfit import refuse_unfit, refuse_wrapped
+from lora_lite.unfit import refuse_unfit
 from lora_lite.variant import Tensors, Variant
 from lora_lite.warn import warn
+from lora_lite.wrapped import refuse_wrapped
 
 Classes = type[Variant] | Iterable[type[Variant]] | None
 

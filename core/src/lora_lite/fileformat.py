@@ -68,7 +68,8 @@ def write(path: FilePath, tensors: Mapping[str, Tensor], metadata: Metadata) -> 
     """
     target = _checked(path)
     contents = _own_memory(tensors)
-    data = bytearray(save(contents, {KEY: metadata.model_dump_json()}))
+    text = metadata.model_copy(update={"digest": ZEROS}).model_dump_json()
+    data = bytearray(save(contents, {KEY: text}))
     start = data.index(ZEROS.encode())
     data[start : start + len(ZEROS)] = hashlib.sha256(data).hexdigest().encode()
     try:

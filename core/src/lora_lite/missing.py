@@ -8,7 +8,7 @@ from lora_lite.errors import AdapterFileError, did_you_mean
 from lora_lite.fileformat import FilePath
 
 # How many missing layers are looked up among the model's own names.
-LOOKED_UP = 1
+LOOKED_UP = 3
 
 
 def refuse_missing(

@@ -31,6 +31,7 @@ from lora_lite.placements import Placement
 from lora_lite.resume import add_marker, refuse_other_state, remove_marker, tell_if_saved_whole
 from lora_lite.statistics import restore_statistics, running_statistics
 from lora_lite.variant import Tensors
+from lora_lite.wrapped import refuse_wrapped
 
 KEY = "_lora_lite"
 
@@ -67,7 +68,11 @@ class Registry:
         self.statistics = running_statistics(root)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "flags": WeakIdKeyDictionary()}
+        return {name: value for name, value in self.__dict__.items() if name != "flags"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.flags = WeakIdKeyDictionary()
 
     def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         """The root's forward hook: a first training forward shows which layers are not called."""
@@ -200,6 +205,37 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
             _close_model(root, registry, now)
     state.attachments = {}
     _forget_compiled()
+
+
+def take_off(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
+    """Detach an adapter. If that is interrupted, it is finished first.
+
+    Args:
+        root, state, modules: as for `remove`.
+
+    Raises:
+        AdapterError: another thread was first, or the model's parameters are sharded.
+    """
+    try:
+        CHANGING.acquire()
+        _refuse_detached(state)
+        refuse_wrapped(root)
+        remove(root, state, modules)
+        CHANGING.release()
+    except AdapterError:
+        release_changing()
+        raise
+    except BaseException:
+        remove(root, state, modules)
+        release_changing()
+        raise
+
+
+def _refuse_detached(state: AdapterState) -> None:
+    if not state.attachments:
+        raise AdapterError(
+            f"adapter {state.name!r} ({state.recipe}) is detached", adapter=state.name
+        )
 
 
 def undo(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:

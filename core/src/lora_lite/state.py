@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_lite.author_mistakes import checked_tensors
 from lora_lite.errors import AdapterFileError, VariantContractError
+from lora_lite.layers import whole
 from lora_lite.magnitudes import not_finite
 from lora_lite.placements import Placement
 from lora_lite.tensor_spec import TensorSpec
@@ -112,6 +113,8 @@ def unpack(
         AdapterFileError: tensors that are missing, extra, misshapen, of another dtype or not
             finite; all of them are listed.
     """
+    _refuse_no_tensors(saved, path)
+    saved = {key: whole(value) for key, value in saved.items()}
     by_path = by_layer(saved, [placement.path for placement in placements])
     wrong = list(known)
     for key in saved:
@@ -133,6 +136,24 @@ def unpack(
             tensors=tensors,
         )
     return values
+
+
+def _refuse_no_tensors(saved: object, path: str) -> None:
+    """An error for a state dict that is no mapping from names to tensors."""
+    if not isinstance(saved, Mapping):
+        raise AdapterFileError(
+            f"the state dict is a {type(saved).__name__}",
+            expected="It is {name: tensor}, as adapter.state_dict() gives it",
+            path=path,
+        )
+    others = {key: value for key, value in saved.items() if not isinstance(value, Tensor)}
+    if others:
+        raise AdapterFileError(
+            f"{len(others)} values of the state dict are no tensors; nothing was changed",
+            details=[f"{key}: {value!r}" for key, value in others.items()],
+            path=path,
+            tensors=[str(key) for key in others],
+        )
 
 
 def _unpack_one(placement: Placement, saved: Tensors) -> tuple[dict[str, Tensor], list[str]]:

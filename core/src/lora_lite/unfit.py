@@ -1,11 +1,8 @@
 """Models and layers that cannot carry an adapter: refused before anything is changed."""
 
-import gc
 import math
-import sys
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterError
@@ -16,47 +13,7 @@ from lora_lite.placements import Placement
 from lora_lite.registry import adapted_root, registry_of
 from lora_lite.tensor_spec import TensorSpec
 
-REASON = "Gradients of the adapter would silently not be reduced over the processes"
-
-
 # --- the model
-
-
-def refuse_wrapped(root: nn.Module) -> None:
-    """An error for a model that DDP, FSDP1 or FSDP2 has prepared already."""
-    wrapper = _wrapper_of(root)
-    if wrapper:
-        raise AdapterError(
-            f"the model {wrapper}",
-            expected=REASON,
-            fix="Attach, load and detach before the model is wrapped or sharded",
-        )
-
-
-def _wrapper_of(root: nn.Module) -> str:
-    """What has prepared a model for several processes, as the end of a sentence; "" if nothing."""
-    if isinstance(root, nn.parallel.DistributedDataParallel):
-        return "is wrapped in DistributedDataParallel"
-    if "torch.distributed.tensor" in sys.modules and any(map(is_dtensor, root.parameters())):
-        return "has sharded parameters (FSDP2, DTensor)"
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return ""
-    if any(_is_fsdp1(module) for module in root.modules()):
-        return "is wrapped in FullyShardedDataParallel (FSDP1)"
-    if _inside_ddp(root):
-        return "is wrapped in DistributedDataParallel already: this is its inner module"
-    return ""
-
-
-def _is_fsdp1(module: nn.Module) -> bool:
-    return type(module).__name__ == "FullyShardedDataParallel"
-
-
-def _inside_ddp(root: nn.Module) -> bool:
-    """Whether a DDP holds this model. It leaves no trace there, so all DDPs are looked at."""
-    ddp = nn.parallel.DistributedDataParallel
-    wrappers = [each for each in gc.get_objects() if isinstance(each, ddp)]
-    return any(root is module for wrapper in wrappers for module in wrapper.modules())
 
 
 def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) -> list[str]:

@@ -190,7 +190,7 @@ def _digest(file: Path) -> str:
 
 def _verified(folder: Path) -> dict[str, Path]:
     """The files that belong together, by name."""
-    contents = _contents(folder)
+    contents = contents_of(folder)
     files = {name: folder / name for name in contents.digests}
     wrong = [
         name
@@ -207,7 +207,13 @@ def _verified(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _contents(folder: Path) -> Contents:
+def contents_of(folder: FilePath) -> Contents:
+    """What a folder of `save_all` holds, its files unread.
+
+    Raises:
+        AdapterFileError: it is not such a folder.
+    """
+    folder = Path(folder)
     try:
         text = (folder / CONTENTS).read_text(encoding="utf-8")
         contents = Contents.model_validate_json(text)

@@ -109,8 +109,12 @@ class Adapter:
         """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
         with torch.no_grad():
             for attachment, site, t in self._each():
+                values = {name: whole(tensor) for name, tensor in t.items()}
                 with calling(attachment.variant, "project", site.path):
-                    attachment.variant.project(site, t)
+                    attachment.variant.project(site, values)
+                for name, tensor in t.items():
+                    if values[name] is not tensor:  # it is sharded
+                        overwrite(tensor, values[name])
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `project` after every step of `optimizer`; `remove()` of the handle ends that."""
@@ -128,8 +132,9 @@ class Adapter:
         """
         penalties = []
         for attachment, site, t in self._each():
+            values = {name: whole(tensor) for name, tensor in t.items()}
             with calling(attachment.variant, "penalty", site.path):
-                penalty = attachment.variant.penalty(site, t)
+                penalty = attachment.variant.penalty(site, values)
             penalty = checked_penalty(attachment.variant, penalty, site.path)
             if penalty is not None:
                 penalties.append(penalty)

@@ -112,7 +112,7 @@ class _Adapted(Trainer):
 
         The shares of one update add up to the penalty, whatever the accumulation.
         """
-        penalties = [_whole(adapter.penalty()) for adapter in ll.adapters(self.model).values()]
+        penalties = [adapter.penalty() for adapter in ll.adapters(self.model).values()]
         penalty = torch.stack([each.to(self.args.device) for each in penalties]).sum()
         if self._is_scaled(num_items_in_batch):
             return penalty / self.current_gradient_accumulation_steps
@@ -174,8 +174,3 @@ class _Adapted(Trainer):
                 shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-
-def _whole(penalty: Tensor) -> Tensor:
-    """A penalty that was computed from sharded parameters, as a plain tensor."""
-    full = getattr(penalty, "full_tensor", None)
-    return penalty if full is None else full()

@@ -44,7 +44,7 @@ def trained(folder: Path, mode: str, resume: str | None = None) -> tuple[Any, ll
     options: dict[str, Any] = {"ddp_backend": "gloo"} if world > 1 else {}
     if mode == "fsdp":
         wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        options = {
+        options |= {
             "fsdp": True,
             "fsdp_config": {"version": 2, "reshard_after_forward": True, **wrap},
         }

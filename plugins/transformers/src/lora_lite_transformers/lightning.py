@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lora_lite.hooks import attribute
 
 
-class AdapterCheckpoint(Callback):
+class AdapterCheckpoint(Callback):  # type: ignore[misc]  # it is not typed
     """Let Lightning's checkpoints hold what training has changed, without the frozen base.
 
         trainer = lightning.Trainer(callbacks=[AdapterCheckpoint()], ...)

@@ -27,7 +27,8 @@ def reference_for(trainer: Any, arguments: inspect.BoundArguments) -> Iterator[N
         AdapterError: the reference is to follow the policy, which it cannot.
     """
     given = arguments.arguments
-    model, args = given.get("model"), given.get("args")
+    model: Any = given.get("model")
+    args: Any = given.get("args")
     if not isinstance(model, nn.Module) or not ll.adapters(model):
         yield
     elif "ref_model" in arguments.signature.parameters:

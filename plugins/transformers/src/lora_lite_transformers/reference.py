@@ -60,10 +60,9 @@ class Reference(nn.Module):
                 stack.callback(setattr, copy, "enabled", False)
             yield
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's: what the reference is made of."""
-        state: dict[str, Any] = self._policy.state_dict(*args, **kwargs)
-        return state
+        return self._policy.state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """The policy's attributes: its config, its embeddings."""

@@ -62,7 +62,7 @@ def adapted(trainer: type[Trainer]) -> type[Trainer]:
     return type(f"Adapted{trainer.__name__}", (_Adapted, trainer), {"__doc__": adapted.__doc__})
 
 
-class _Adapted(Trainer):
+class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
     """What `adapted` puts before a trainer's own class."""
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class _Adapted(Trainer):
         ]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if optimizer is not self._projects:
             self._projects = optimizer
             for adapter in ll.adapters(self.model).values():
@@ -115,7 +115,7 @@ class _Adapted(Trainer):
         penalties = [adapter.penalty() for adapter in ll.adapters(self.model).values()]
         penalty = torch.stack([each.to(self.args.device) for each in penalties]).sum()
         if self._is_scaled(num_items_in_batch):
-            return penalty / self.current_gradient_accumulation_steps
+            penalty = penalty / self.current_gradient_accumulation_steps
         return penalty
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
@@ -173,4 +173,3 @@ class _Adapted(Trainer):
             for name in (*contents_of(checkpoint_folder).digests, CONTENTS):
                 shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
-

@@ -21,6 +21,7 @@ from typing import Any
 import lora_lite as ll
 import torch
 from lora_lite.training import CONTENTS, contents_of
+from lora_lite.variant import overrides
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -67,6 +68,7 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         self._projects: torch.optim.Optimizer | None = None
+        self._penalised: list[ll.Adapter] | None = None
         arguments = inspect.signature(super().__init__).bind_partial(model, *args, **kwargs)
         with accepted_by_trainer(model), reference_for(self, arguments):
             super().__init__(*arguments.args, **arguments.kwargs)
@@ -92,7 +94,7 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if optimizer is not self._projects:
             self._projects = optimizer
-            for adapter in ll.adapters(self.model).values():
+            for adapter in _adapters_with(self.model, "project"):
                 adapter.project_after(optimizer)
         return optimizer
 
@@ -102,18 +104,19 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        if not model.training:
+        if self._penalised is None:
+            self._penalised = _adapters_with(self.model, "penalty")
+        if not self._penalised or not model.training:
             return computed
-        penalty = self._penalty(kwargs.get("num_items_in_batch"))
+        penalty = self._penalty(self._penalised, kwargs.get("num_items_in_batch"))
         return (computed[0] + penalty, computed[1]) if return_outputs else computed + penalty
 
-    def _penalty(self, num_items_in_batch: Any) -> Tensor:
+    def _penalty(self, adapters: list[ll.Adapter], num_items_in_batch: Any) -> Tensor:
         """One micro-batch's share of the penalty, before the Trainer divides the loss, if it does.
 
         The shares of one update add up to the penalty, whatever the accumulation.
         """
-        penalties = [adapter.penalty() for adapter in ll.adapters(self.model).values()]
-        penalty = torch.stack([each.to(self.args.device) for each in penalties]).sum()
+        penalty = torch.stack([each.penalty().to(self.args.device) for each in adapters]).sum()
         if self._is_scaled(num_items_in_batch):
             penalty = penalty / self.current_gradient_accumulation_steps
         return penalty
@@ -154,6 +157,7 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        self._penalised = None  # a hyperparameter search makes other models
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir) or True
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -173,3 +177,12 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
             for name in (*contents_of(checkpoint_folder).digests, CONTENTS):
                 shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _adapters_with(model: nn.Module, method: str) -> list[ll.Adapter]:
+    """The adapters that have a method of the contract which most variants leave out."""
+    return [
+        adapter
+        for adapter in ll.adapters(model).values()
+        if any(overrides(type(variant), method) for variant in adapter.sites.values())
+    ]

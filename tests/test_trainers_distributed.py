@@ -82,5 +82,8 @@ def test_fully_shard_by_hand(tmp_path: Path) -> None:
         record = json.loads((tmp_path / f"record{rank}.json").read_text())
         assert record["resumed"] == record["expected"]
         assert record["first"] != record["expected"]
+        assert min(record["alphas"]) == 0.0  # held to the range by project
+        assert max(record["alphas"]) <= 1.0
     names = {file.name for file in (tmp_path / "saved").iterdir()}
-    assert names == {"adapters.json", "default.adapter.safetensors", "other.adapter.safetensors"}
+    adapters = {f"{name}.adapter.safetensors" for name in ("default", "held", "other")}
+    assert names == adapters | {"adapters.json"}

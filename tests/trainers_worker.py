@@ -85,10 +85,13 @@ def by_hand(folder: Path) -> None:
         model = tiny()
         ll.attach(model, "hra", r=2, targets=r"down_proj$")
         ll.attach(model, "dora", r=2, targets=r"q_proj$", name="other")
+        held = ll.attach(model, "antipasto_ablate", r=8, k=2, targets=r"o_proj$", name="held")
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        return model, torch.optim.SGD(ll.param_groups(model, lr={"B": 0.2}), lr=0.1)
+        optimizer = torch.optim.SGD(ll.param_groups(model, lr={"alpha": 1000.0}), lr=0.1)
+        held.project_after(optimizer)
+        return model, optimizer
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor) -> list[float]:
         seen = []
@@ -110,7 +113,9 @@ def by_hand(folder: Path) -> None:
     model, optimizer = start()
     ll.restore_all(model, folder / "saved")
     resumed = steps(model, optimizer, batches[2:])
-    record = {"first": first, "expected": expected, "resumed": resumed}
+    strengths = ll.adapters(model)["held"].state_dict()
+    alphas = [value for name, t in strengths.items() if "alpha" in name for value in t.tolist()]
+    record = {"first": first, "expected": expected, "resumed": resumed, "alphas": alphas}
     (folder / f"record{rank}.json").write_text(json.dumps(record))
 
 

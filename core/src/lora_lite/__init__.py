@@ -42,6 +42,7 @@ from lora_lite.errors import (
 )
 from lora_lite.placements import Plan, plan
 from lora_lite.plugins import VariantInfo, variants
+from lora_lite.training import param_groups, restore_all, save_all
 
 __all__ = [
     "Adapter",
@@ -65,7 +66,10 @@ __all__ = [
     "check",
     "detach",
     "load",
+    "param_groups",
     "plan",
+    "restore_all",
     "save",
+    "save_all",
     "variants",
 ]

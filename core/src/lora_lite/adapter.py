@@ -1,6 +1,5 @@
 """The handle to an adapter: what `attach` and `load` return, and `adapters` finds again."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lite.arguments import finite_scale, flag, is_number
+from lora_lite.adapter_text import adapter_text
+from lora_lite.arguments import finite_scale, flag
 from lora_lite.author_mistakes import calling, checked_macs, checked_penalty, checked_tensors
 from lora_lite.errors import AdapterError, AdapterFileError
 from lora_lite.fileformat import FilePath
-from lora_lite.find import numbers_in
+from lora_lite.groups import Groups, Rates, parameter_groups
 from lora_lite.hooks import AdapterState, Attachment
 from lora_lite.layers import overwrite, whole
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.placements import Placement
 from lora_lite.registry import take_off
+from lora_lite.restore import restore
 from lora_lite.saving import write_adapter
 from lora_lite.site import Site
 from lora_lite.state import flat, refuse_overflow, unpack
@@ -76,21 +77,7 @@ class Adapter:
         return sum(checked_macs(a.variant, "macs_per_forward", site) for a, site, _ in self._each())
 
     def __repr__(self) -> str:
-        state = self._state
-        if not state.attachments:
-            return f"Adapter({self.name!r}: {state.recipe}, detached)"
-        names = Counter(path.rpartition(".")[2] for path in self.sites)
-        counts = ", ".join(f"{name} x {count}" for name, count in names.items())
-        adapted = sum(each.layer.d_in * each.layer.d_out for each in state.attachments.values())
-        share = 100 * adapted / max(1, numbers_in(self._root))
-        frozen = sum(tensor.numel() for _, spec, tensor in self._tensors() if not spec.trainable)
-        switched = "" if state.is_active else ", disabled"
-        return (
-            f"Adapter({self.name!r}: {state.recipe}, scale {self.scale:g}{switched}\n"
-            f"  sites       {len(self.sites)} ({counts}), {share:.3g} % of the weights\n"
-            f"  parameters  {self.num_parameters:,} trainable, {frozen:,} frozen\n"
-            f"  MACs        {self.macs_per_token:,} a token, {self.macs_per_forward:,} a forward)"
-        )
+        return adapter_text(self)
 
     # --- training
 
@@ -105,30 +92,29 @@ class Adapter:
             if spec.trainable:
                 yield key, parameter
 
-    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def param_groups(self, weight_decay: float = 0.0, *, lr: Rates | None = None) -> Groups:
         """Parameter groups for an optimizer, with weight decay kept off what must not decay.
 
         Args:
             weight_decay: of the tensors that may decay.
+            lr: the learning rate of some tensors, by their names, such as `{"B": 16 * rate}` for
+                LoRA+ (Hayou et al. 2024, arXiv:2402.12354). All others have the optimizer's.
+
+        Raises:
+            AdapterError: a number below 0, or a name that no trainable tensor has.
         """
-        if not is_number(weight_decay) or not 0 <= weight_decay < float("inf"):
-            raise AdapterError(f"weight_decay={weight_decay!r} is not a number of at least 0")
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for _, spec, parameter in self._tensors():
-            if spec.trainable:
-                groups[spec.decay].append(parameter)
-        return [
-            {"params": parameters, "weight_decay": float(weight_decay) if decays else 0.0}
-            for decays, parameters in groups.items()
-            if parameters
-        ]
+        return parameter_groups(self._tensors(), weight_decay, lr)
 
     def project(self) -> None:
         """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
         with torch.no_grad():
             for attachment, site, t in self._each():
+                values = {name: whole(tensor) for name, tensor in t.items()}
                 with calling(attachment.variant, "project", site.path):
-                    attachment.variant.project(site, t)
+                    attachment.variant.project(site, values)
+                for name, tensor in t.items():
+                    if values[name] is not tensor:  # it is sharded
+                        overwrite(tensor, values[name])
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `project` after every step of `optimizer`; `remove()` of the handle ends that."""
@@ -146,8 +132,9 @@ class Adapter:
         """
         penalties = []
         for attachment, site, t in self._each():
+            values = {name: whole(tensor) for name, tensor in t.items()}
             with calling(attachment.variant, "penalty", site.path):
-                penalty = attachment.variant.penalty(site, t)
+                penalty = attachment.variant.penalty(site, values)
             penalty = checked_penalty(attachment.variant, penalty, site.path)
             if penalty is not None:
                 penalties.append(penalty)
@@ -295,6 +282,19 @@ class Adapter:
         tensors = self.state_dict(derived)
         sites = {site.path: site for _, site, _ in self._each()}
         write_adapter(path, self._root, self._state, sites, tensors, left_out)
+
+    def restore(self, path: FilePath) -> None:
+        """Put what was saved to a file into this adapter, to go on training: all of it or nothing.
+
+        The parameters stay the same objects, so an optimizer keeps them. The scale is the file's.
+        On a sharded model (FSDP2) every process must call this.
+
+        Raises:
+            AdapterFileError: the file cannot be read or is damaged; or it holds another variant,
+                other hyperparameters, layers, tensors or dtypes than this adapter has.
+            BaseMismatchError: it was saved on a base with other weights.
+        """
+        restore(self, path)
 
     def detach(self) -> None:
         """Take the adapter off the model. After the last one, the model is bit for bit as before.

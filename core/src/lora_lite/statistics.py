@@ -15,12 +15,12 @@ from lora_lite.modules import named_modules
 
 def running_statistics(root: nn.Module) -> dict[str, Tensor]:
     """A copy of the buffers of every normalisation that keeps statistics, by name."""
-    return {name: buffer.detach().clone() for name, buffer in _buffers(root).items()}
+    return {name: buffer.detach().clone() for name, buffer in statistics_of(root).items()}
 
 
 def restore_statistics(root: nn.Module, statistics: Mapping[str, Tensor]) -> None:
     """Put the statistics back, bit for bit."""
-    now = _buffers(root)
+    now = statistics_of(root)
     for name, before in statistics.items():
         if name in now and not _same(now[name], before):
             now[name].detach().copy_(before)
@@ -28,11 +28,12 @@ def restore_statistics(root: nn.Module, statistics: Mapping[str, Tensor]) -> Non
 
 def changed_statistics(root: nn.Module, statistics: Mapping[str, Tensor]) -> list[str]:
     """The names of those that are not what they were."""
-    now = _buffers(root)
+    now = statistics_of(root)
     return [n for n, before in statistics.items() if n in now and not _same(now[n], before)]
 
 
-def _buffers(root: nn.Module) -> dict[str, Tensor]:
+def statistics_of(root: nn.Module) -> dict[str, Tensor]:
+    """The buffers themselves, by name."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in named_modules(root)

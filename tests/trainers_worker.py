@@ -1,0 +1,153 @@
+"""Run by torchrun in test_trainers_distributed.py: trains under the Trainer, and by hand, with
+DDP and FSDP2, and writes what each process saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lora_lite as ll
+import torch
+import torch.distributed as dist
+from lora_lite_transformers import adapted
+from torch import Tensor, nn
+
+ROWS, STEPS = 16, 4
+
+
+def tiny() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=32, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def tokens() -> Tensor:
+    return torch.randint(2, 32, (ROWS, 8), generator=torch.Generator().manual_seed(0))
+
+
+def trained(folder: Path, mode: str, resume: str | None = None) -> tuple[Any, ll.Adapter]:
+    """Four steps of four rows with the Trainer, whatever the number of processes."""
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny()
+    adapter = ll.attach(model, "hra", r=2, reg=0.1, targets=r"down_proj$", seed=3)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    options: dict[str, Any] = {"ddp_backend": "gloo"} if world > 1 else {}
+    if mode == "fsdp":
+        wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        options |= {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "reshard_after_forward": True, **wrap},
+        }
+    args = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4 // world, max_steps=STEPS,
+        save_steps=2, learning_rate=1e-2, weight_decay=0.1, logging_steps=1, report_to=[],
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, seed=0,
+        **options,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in tokens()]
+    trainer = adapted(Trainer)(model, args=args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, adapter
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def with_trainer(folder: Path, mode: str) -> None:
+    """In one go, and resumed from the second step."""
+    whole, adapter = trained(folder, mode)
+    record = {"whole": losses(whole), "state": adapter.state_dict()}
+    resumed, again = trained(folder, mode, str(folder / "checkpoint-2"))
+    record |= {"resumed": losses(resumed), "resumed_state": again.state_dict()}
+    torch.save(record, folder / f"record{dist.get_rank()}")
+
+
+def by_hand(folder: Path) -> None:
+    """fully_shard, an optimizer and a loop of one's own; two adapters, a penalty, a projection."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = tiny()
+        ll.attach(model, "hra", r=2, targets=r"down_proj$")
+        ll.attach(model, "dora", r=2, targets=r"q_proj$", name="other")
+        held = ll.attach(model, "antipasto_ablate", r=8, k=2, targets=r"o_proj$", name="held")
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(ll.param_groups(model, lr={"alpha": 1000.0}), lr=0.1)
+        held.project_after(optimizer)
+        return model, optimizer
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor) -> list[float]:
+        seen = []
+        for batch in batches:
+            mine = batch[rank::world]
+            loss = model(input_ids=mine, labels=mine).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        return seen
+
+    batches = tokens().view(4, 4, 8)
+    model, optimizer = start()
+    first = steps(model, optimizer, batches[:2])
+    ll.save_all(model, folder / "saved")
+    dist.barrier()
+    expected = steps(model, optimizer, batches[2:])
+    model, optimizer = start()
+    ll.restore_all(model, folder / "saved")
+    resumed = steps(model, optimizer, batches[2:])
+    strengths = ll.adapters(model)["held"].state_dict()
+    alphas = [value for name, t in strengths.items() if "alpha" in name for value in t.tolist()]
+    record = {"first": first, "expected": expected, "resumed": resumed, "alphas": alphas}
+    (folder / f"record{rank}.json").write_text(json.dumps(record))
+
+
+def let_accelerate_shard_on_cpus() -> None:
+    """accelerate takes FSDP on accelerators alone, though nothing in it asks for one."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def patched(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = patched
+
+
+def main() -> None:
+    """torchrun ... trainers_worker.py FOLDER MODE: one run of one mode."""
+    torch.set_num_threads(1)
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "hand":
+        dist.init_process_group("gloo")
+        by_hand(folder)
+    else:
+        if mode == "fsdp":
+            let_accelerate_shard_on_cpus()
+        with_trainer(folder, mode)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

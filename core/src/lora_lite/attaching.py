@@ -115,7 +115,7 @@ def attach(
         values = _start(placements, statistics, state, dtype)
         install(root, state, placements, values)
         tell_frozen(root, chosen, registry.trainable)
-        tell_zero_weights(zero_weights(placements))
+        tell_zero_weights(zero_weights([p for p in placements if not p.variant.replaces_weights]))
         adapter = Adapter(root, state, modules)
         CHANGING.release()
         return adapter
@@ -252,7 +252,7 @@ def _start(
         with calling(variant, "init", path):
             given = variant.init(site, derived, statistics.get(path, {}), rng)
         started = checked_tensors(variant, "init", given, path)
-        state.uses_base |= site.weight_was_read
+        state.uses_base |= site.weight_was_read and not variant.replaces_weights
         values[path] = start_values(placement, {**derived, **started}, dtype)
     broken = not_finite(flat(values))
     if broken:

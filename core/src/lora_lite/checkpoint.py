@@ -13,14 +13,14 @@ from lora_lite.attaching import adapter_of
 from lora_lite.author_mistakes import calling, checked_tensors
 from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
 from lora_lite.fileformat import FilePath, dtypes_of, read
-from lora_lite.find import find_layers
+from lora_lite.find import find_layers, kind_for
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import AdapterState
 from lora_lite.metadata import Configuration, Metadata
 from lora_lite.missing import refuse_missing
 from lora_lite.modules import named_modules, root_of
 from lora_lite.placements import Placement, place
-from lora_lite.plugins import kind_of, variant_class
+from lora_lite.plugins import variant_class
 from lora_lite.recipe import Recipe
 from lora_lite.registry import CHANGING, install, open_model, release_changing, remove
 from lora_lite.rename import Renaming, renamed
@@ -227,13 +227,13 @@ def _placements(
     modules = dict(named_modules(root))
     refuse_missing(path, root, variants, modules)
     return place(
-        (where, modules[where], kind_of(modules[where]), variant)
+        (where, modules[where], kind_for(modules[where], variant), variant)
         for where, variant in variants.items()
     )
 
 
 def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement, ...]) -> None:
-    sites = {placement.path: placement.site for placement in placements}
+    sites = {p.path: p.site for p in placements if not p.variant.replaces_weights}
     unknown = [where for where in sites if where not in described.fingerprint]
     if unknown:
         raise AdapterFileError(
@@ -246,7 +246,7 @@ def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement
     if not other:
         return
     problem = (
-        f"{path} was made on a base with other weights: {len(other)} of {len(placements)} layers "
+        f"{path} was made on a base with other weights: {len(other)} of {len(sites)} layers "
         "differ by more than rounding to bfloat16"
     )
     if described.uses_base:

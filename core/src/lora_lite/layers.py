@@ -1,13 +1,13 @@
-"""Which modules are linear layers, and how to read a dense weight from each kind.
+"""What a kind of layer must tell: its weight as a matrix, and its inputs and outputs as rows.
 
-`nn.Linear` and GPT-2's `Conv1D` are known here. A plugin teaches more: in the entry-point group
-`lora_lite.layers`, named after the root package of the layers that it teaches, and loaded only when
-a model holds a module from there.
+Every layer here computes y = x Wᵀ + b, if one looks at it in the right way. `kinds` has those that
+are built in. A plugin teaches more: in the entry-point group `lora_lite.layers`, named after the
+root package of the layers that it teaches, and loaded only when a model holds a module from there.
 """
 
 import sys
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,25 @@ SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
 class LayerKind(ABC):
-    """How to read one kind of linear layer, y = x Wᵀ + b.
+    """How to read one kind of layer, y = x Wᵀ + b.
 
-    A kind is stateless and can be pickled: every method is given the module.
+    A kind can be pickled and holds nothing of a layer: every method is given the module.
+
+    Attributes:
+        default: whether adapters go to such layers without being asked to. False for those that
+            only `targets` or a recipe chooses.
+        has_matrix: whether there is a W. If there is none, only variants that replace the layer's
+            parameters as they are go there (`Variant.replaces_weights`).
+        forms_rows: whether x is there as rows, (..., d_in). If it is not, as for a convolution,
+            whose rows would be all patches of its input, `rows_of` gives `Rows`, which can be
+            multiplied and nothing else; variants that change or observe x do not fit.
+        reads_ids: whether x stands for token ids, as for an embedding.
     """
+
+    default: ClassVar[bool] = True
+    has_matrix: ClassVar[bool] = True
+    forms_rows: ClassVar[bool] = True
+    reads_ids: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -49,6 +64,27 @@ class LayerKind(ABC):
         """M Wᵀ for M of shape (k, d_in): shape (k, d_out)."""
         return m @ self.weight(module).detach().to(m.dtype).T
 
+    def rows_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor:
+        """x as rows, (..., d_in), from what the layer was called with.
+
+        Args:
+            module: the layer.
+            args: positional.
+            kwargs: keywords.
+            y: what `to_rows` gave.
+        """
+        return layer_input(args, kwargs)
+
+    def to_rows(self, module: nn.Module, y: Tensor) -> Tensor:
+        """The layer's output as rows, (..., d_out)."""
+        return y
+
+    def from_rows(self, module: nn.Module, rows: Tensor, y: Tensor) -> Tensor:
+        """Rows in the layout of the layer's output y: the inverse of `to_rows`."""
+        return rows
+
     def enter(self, module: nn.Module) -> None:
         """Called when the first adapter comes to the model that holds `module`.
 
@@ -71,42 +107,6 @@ class LayerKind(ABC):
 
     def __hash__(self) -> int:
         return hash(type(self))
-
-
-class Linear(LayerKind):
-    """`nn.Linear`, and subclasses that keep its forward and have a plain parameter as weight.
-
-    Others need a kind of their own: quantised layers, parametrized ones, and torchao's, whose
-    weight is of a class of its own.
-    """
-
-    def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            return False
-        weight = module._parameters.get("weight")
-        return type(weight) is nn.Parameter or is_dtensor(weight)
-
-    def weight(self, module: nn.Module) -> Tensor:
-        # The attribute rather than the parameter: the two differ under vmap, FSDP1,
-        # parametrizations.
-        return _tensor(module.weight)
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, nn.Linear)
-        return module.in_features, module.out_features
-
-
-class Conv1D(LayerKind):
-    """GPT-2's `Conv1D` of transformers: a linear layer whose weight is stored as (d_in, d_out)."""
-
-    def matches(self, module: nn.Module) -> bool:
-        return class_name(module) == "transformers.pytorch_utils.Conv1D"
-
-    def weight(self, module: nn.Module) -> Tensor:
-        return _tensor(module.weight).T
-
-
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Conv1D())
 
 
 def looks_linear(module: nn.Module) -> bool:
@@ -152,7 +152,11 @@ def overwrite(target: Tensor, values: Tensor) -> None:
     target.copy_(values)
 
 
-def _tensor(attribute: Tensor | nn.Module) -> Tensor:
-    """What the type checker cannot know of a module's attribute."""
-    assert isinstance(attribute, Tensor)
-    return attribute
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A tensor among a module's attributes, as the type checker cannot know it.
+
+    The attribute rather than the parameter: the two differ under vmap, FSDP1 and parametrizations.
+    """
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value

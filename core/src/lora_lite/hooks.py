@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lite.author_mistakes import calling, checked_delta, checked_prepared
+from lora_lite.author_mistakes import RESERVED, calling, checked_delta, checked_prepared
 from lora_lite.errors import AdapterError
 from lora_lite.layers import layer_input
 from lora_lite.recipe import Recipe
@@ -237,8 +237,9 @@ class LayerHooks:
         self.attachments = tuple(each for each in self.attachments if each.state is not state)
 
     def tensor_names(self) -> set[str]:
-        """What the adapters' tensors are called on the layer."""
-        return {key for each in self.attachments for key in each.keys.values()}
+        """What the adapters' tensors are called on the layer, the marker of `resume` included."""
+        markers = {attribute(each.state.name, RESERVED) for each in self.attachments}
+        return markers.union(*(each.keys.values() for each in self.attachments))
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -112,13 +112,11 @@ class Patches(Rows):
         self.y = y
 
     def times(self, a: Tensor) -> Tensor:
-        """X Aᵀ, (..., k)."""
+        """The product x Aᵀ, (..., k)."""
         module = self.module
         kernels = a.reshape(len(a), *module.weight.shape[1:])
         convolve = CONVOLUTIONS[cast(type[nn.Module], _own_class(module, CONVOLUTIONS))]
-        product = convolve(
-            self.x, kernels, None, module.stride, module.padding, module.dilation
-        )
+        product = convolve(self.x, kernels, None, module.stride, module.padding, module.dilation)
         return product.movedim(_channels(module, product), -1)
 
     def dropout(self, p: float) -> "Patches":
@@ -168,7 +166,7 @@ class OneHot(Rows):
         self.ids = ids
 
     def times(self, a: Tensor) -> Tensor:
-        """X Aᵀ, (..., k)."""
+        """The product x Aᵀ, (..., k)."""
         # The id of the padding gets no gradient here either.
         return functional.embedding(self.ids, a.T, self.padding_idx)
 

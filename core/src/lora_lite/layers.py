@@ -67,7 +67,7 @@ class LayerKind(ABC):
     def rows_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor:
-        """x as rows, (..., d_in), from what the layer was called with.
+        """The input as rows x, (..., d_in), from what the layer was called with.
 
         Args:
             module: the layer.

@@ -35,7 +35,7 @@ class Rows(ABC):
 
     @abstractmethod
     def times(self, a: Tensor) -> Tensor:
-        """X Aᵀ, (..., k), for A of shape (k, d_in)."""
+        """The product x Aᵀ, (..., k), for A of shape (k, d_in)."""
 
     @abstractmethod
     def dropout(self, p: float) -> "Rows":
@@ -74,5 +74,5 @@ def _linear(rows: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product if bias is None else product + bias
 
 
-def _dropout(rows: Rows, p: float = 0.5, training: bool = True, inplace: bool = False) -> Rows:
+def _dropout(rows: Rows, p: float = 0.5, training: bool = True, **_: bool) -> Rows:
     return rows.dropout(p) if training and p > 0 else rows

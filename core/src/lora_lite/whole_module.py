@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterError, LayerKindError
@@ -37,6 +38,10 @@ class WholeModule(LayerKind):
     def bias(self, module: nn.Module) -> Tensor | None:
         """None: a parameter called bias is one of `parameters`."""
         return None
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """That of its first parameter."""
+        return tensor_of(module, self.names[0]).dtype
 
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Its own parameters, by name."""

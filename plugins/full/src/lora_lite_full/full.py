@@ -41,9 +41,7 @@ class Full(Variant, name="full"):
         if not chosen:
             raise SiteError("only", f"there is no {self.only!r} here, but {', '.join(shapes)}")
         # Weight decay would pull to 0, and not to the base.
-        return {
-            name: TensorSpec(shapes[name], decay=False, compute="float32") for name in chosen
-        }
+        return {name: TensorSpec(shapes[name], decay=False, compute="float32") for name in chosen}
 
     def init(
         self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng

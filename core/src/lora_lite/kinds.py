@@ -1,10 +1,9 @@
-"""The kinds of layers that are built in: linear layers, embeddings and convolutions.
+"""The kinds of layers that are linear in a manner of speaking: convolutions and embeddings.
 
-1. Linear layers: `nn.Linear`, GPT-2's `Conv1D` and Falcon's own.
-2. Convolutions: W is the kernels, one in each row, and x the patches that they see.
-3. Embeddings: W is the transposed table, and x the one-hot rows of the token ids.
+1. Convolutions: W is the kernels, one in each row, and x the patches that they see.
+2. Embeddings: W is the transposed table, and x the one-hot rows of the token ids.
 
-Adapters go to the last two only if they are asked to. `refusal` says why some of them are not read.
+Adapters go there only if they are asked to. `refusal` says why some of them are not read.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,53 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_lite.errors import AdapterError
-from lora_lite.layers import LayerKind, class_name, is_dtensor, layer_input, tensor_of
+from lora_lite.layers import Conv1D, LayerKind, Linear, has_plain_weight, layer_input, tensor_of
 from lora_lite.rows import Rows
 
-FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
-GPT2 = "transformers.pytorch_utils.Conv1D"
-
-
-def _has_plain_weight(module: nn.Module) -> bool:
-    """Whether `weight` is a parameter of torch's own class: not quantised, not parametrized."""
-    weight = module._parameters.get("weight")
-    return type(weight) is nn.Parameter or is_dtensor(weight)
-
-
-# --- 1. linear layers
-
-
-class Linear(LayerKind):
-    """`nn.Linear`, and subclasses that keep its forward and have a plain parameter as weight.
-
-    Others need a kind of their own: quantised layers, parametrized ones, and torchao's, whose
-    weight is of a class of its own. Falcon's writes the same product in another way.
-    """
-
-    def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or not _has_plain_weight(module):
-            return False
-        return type(module).forward is nn.Linear.forward or class_name(module) == FALCON
-
-    def weight(self, module: nn.Module) -> Tensor:
-        return tensor_of(module, "weight")
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, nn.Linear)
-        return module.in_features, module.out_features
-
-
-class Conv1D(LayerKind):
-    """GPT-2's `Conv1D` of transformers: a linear layer whose weight is stored as (d_in, d_out)."""
-
-    def matches(self, module: nn.Module) -> bool:
-        return class_name(module) == GPT2
-
-    def weight(self, module: nn.Module) -> Tensor:
-        return tensor_of(module, "weight").T
-
-
-# --- 2. convolutions
+# --- 1. convolutions
 
 Convolve = Callable[..., Tensor]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -130,7 +86,7 @@ def _channels(module: nn.Module, y: Tensor) -> int:
     return y.ndim - tensor_of(module, "weight").ndim + 1
 
 
-# --- 3. embeddings
+# --- 2. embeddings
 
 
 class Embedding(LayerKind):
@@ -200,7 +156,7 @@ def _refusal_of_embedding(module: nn.Embedding) -> str:
         return " with sparse=True, and adapters' gradients are dense"
     if module.scale_grad_by_freq:
         return " with scale_grad_by_freq=True, which adapters would not follow"
-    return "" if _has_plain_weight(module) else " with a weight that is not a plain parameter"
+    return "" if has_plain_weight(module) else " with a weight that is not a plain parameter"
 
 
 def _refusal_of_convolution(module: Convolution) -> str:
@@ -211,7 +167,7 @@ def _refusal_of_convolution(module: Convolution) -> str:
         return f" with groups={module.groups}, so that its weight is not one matrix"
     if module.padding_mode != "zeros":
         return f" with padding_mode={module.padding_mode!r}; only 'zeros' can be read"
-    return "" if _has_plain_weight(module) else " with a weight that is not a plain parameter"
+    return "" if has_plain_weight(module) else " with a weight that is not a plain parameter"
 
 
 def _own_class(module: nn.Module, classes: Any) -> type[nn.Module] | None:

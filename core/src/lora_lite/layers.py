@@ -1,8 +1,9 @@
 """What a kind of layer must tell: its weight as a matrix, and its inputs and outputs as rows.
 
-Every layer here computes y = x Wᵀ + b, if one looks at it in the right way. `kinds` has those that
-are built in. A plugin teaches more: in the entry-point group `lora_lite.layers`, named after the
-root package of the layers that it teaches, and loaded only when a model holds a module from there.
+Every layer here computes y = x Wᵀ + b, if one looks at it in the right way. Linear layers are known
+here, convolutions and embeddings in `kinds`. A plugin teaches more: in the entry-point group
+`lora_lite.layers`, named after the root package of the layers that it teaches, and loaded only when
+a model holds a module from there.
 """
 
 import sys
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.hookspecs import hookimpl
+
+FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
+GPT2 = "transformers.pytorch_utils.Conv1D"
 
 # What linear layers of different packages call their sizes.
 SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
@@ -107,6 +111,42 @@ class LayerKind(ABC):
 
     def __hash__(self) -> int:
         return hash(type(self))
+
+
+class Linear(LayerKind):
+    """`nn.Linear`, and subclasses that keep its forward and have a plain parameter as weight.
+
+    Others need a kind of their own: quantised layers, parametrized ones, and torchao's, whose
+    weight is of a class of its own. Falcon's writes the same product in another way.
+    """
+
+    def matches(self, module: nn.Module) -> bool:
+        if not isinstance(module, nn.Linear) or not has_plain_weight(module):
+            return False
+        return type(module).forward is nn.Linear.forward or class_name(module) == FALCON
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return tensor_of(module, "weight")
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear)
+        return module.in_features, module.out_features
+
+
+class Conv1D(LayerKind):
+    """GPT-2's `Conv1D` of transformers: a linear layer whose weight is stored as (d_in, d_out)."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return class_name(module) == GPT2
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return tensor_of(module, "weight").T
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether `weight` is a parameter of torch's own class: not quantised, not parametrized."""
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter or is_dtensor(weight)
 
 
 def looks_linear(module: nn.Module) -> bool:

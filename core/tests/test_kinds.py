@@ -332,6 +332,13 @@ def test_a_norm_is_no_layer_for_a_low_rank_method() -> None:
 # --- what is refused
 
 
+class Shifted(nn.Embedding):
+    """Computes something of its own."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + 1
+
+
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
@@ -342,6 +349,7 @@ def test_a_norm_is_no_layer_for_a_low_rank_method() -> None:
         (nn.Embedding(4, 4, sparse=True), "Embedding with sparse=True"),
         (nn.Embedding(4, 4, scale_grad_by_freq=True), "Embedding with scale_grad_by_freq=True"),
         (nn.EmbeddingBag(4, 4), "is EmbeddingBag"),
+        (Shifted(4, 4), "is Shifted with a forward of its own"),
         (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1)), "is ParametrizationList"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -424,6 +432,32 @@ def test_falcons_linear_layers() -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, after, rtol=1e-4, atol=1e-4)
 
 
+def test_scaled_embeddings_of_transformers() -> None:
+    """Gemma's multiplies what it looks up; W is the table as the model sees it, times that."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    embedding = transformers.Gemma3ForCausalLM(config).model.embed_tokens
+    model = nn.Sequential(embedding)
+    ids = torch.randint(1, 32, (2, 5))
+    before = model(ids)
+    adapter = ll.attach(model, Low(), targets="0")
+    torch.testing.assert_close(
+        before, ll.plan(model, Low(), targets="0").placements[0].site.weight().T[ids]
+    )
+    assert torch.equal(model(ids), before)
+    fill(adapter)
+    a, b = (parameter.detach() for _, parameter in sorted(adapter.named_parameters()))
+    torch.testing.assert_close(model(ids), before + (b @ a).T[ids])
+
+
 # --- whole modules
 
 
@@ -452,6 +486,13 @@ class Holder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.batch(self.gated(x, gate=torch.sigmoid(x)))
         return out
+
+
+def test_the_share_of_the_weights_counts_whole_modules() -> None:
+    """All of a model is 100 % of it, whatever its layers are."""
+    model = Net()
+    adapter = ll.attach(model, {"norm": Replaced(), "fc|conv|tokens|out": Low()})
+    assert "100 % of the weights" in repr(adapter)
 
 
 def test_a_whole_module_runs_with_the_new_parameters() -> None:

@@ -219,13 +219,15 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
         if module in done:
             continue
         done.add(module)
-        # Only torch's attention holds projections that a user may take for layers.
-        is_bare = not _is_from_torch(module) or isinstance(module, nn.MultiheadAttention)
+        reason = refusal(module)
+        # Of torch, only attention holds projections that a user may take for layers.
+        is_layer = _is_from_torch(module) or bool(reason)
+        is_bare = not is_layer or isinstance(module, nn.MultiheadAttention)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2:
                 yield OtherWeight(
                     path=f"{path}.{name}" if path else name,
-                    owner=type(module).__name__ + refusal(module),
+                    owner=type(module).__name__ + reason,
                     shape=tuple(parameter.shape),
                     in_blocks=_block_index(f"{path}.{name}", block_lists) is not None,
                     is_bare=is_bare,
@@ -233,10 +235,14 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
 
 
 def numbers_in(root: nn.Module) -> int:
-    """How many numbers the matrices of a model hold, were they dense."""
+    """How many numbers the weights of a model hold, were they dense: all but linear layers' biases.
+
+    The tensors of adapters are not counted.
+    """
     modules = list(named_modules(root))
-    layers = find_layers(modules)
-    others = find_others(modules, layers)
+    layers = find_layers(modules, whole=True)
+    counted = {path for layer in layers for path in layer.paths}
+    others = [weight for weight in find_others(modules, layers) if weight.holder not in counted]
     return sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)
 
 

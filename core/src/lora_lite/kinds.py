@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_lite.errors import AdapterError
-from lora_lite.layers import Conv1D, LayerKind, Linear, has_plain_weight, layer_input, tensor_of
+from lora_lite.layers import (
+    Conv1D,
+    LayerKind,
+    Linear,
+    class_name,
+    has_plain_weight,
+    layer_input,
+    tensor_of,
+)
 from lora_lite.rows import Rows
 
 # --- 1. convolutions
@@ -90,7 +98,7 @@ def _channels(module: nn.Module, y: Tensor) -> int:
 
 
 class Embedding(LayerKind):
-    """`nn.Embedding`: y = one_hot(ids) Wᵀ, with W (dimensions, number of tokens)."""
+    """`nn.Embedding`: y = one_hot(ids) Wᵀ, with W (dimension, number of tokens)."""
 
     default: ClassVar[bool] = False
     forms_rows: ClassVar[bool] = False
@@ -107,6 +115,32 @@ class Embedding(LayerKind):
     ) -> Tensor:
         rows = OneHot(cast(nn.Embedding, module), layer_input(args, kwargs), y)
         return cast(Tensor, rows)
+
+
+class ScaledEmbedding(Embedding):
+    """An embedding of transformers that multiplies what it looks up, as Gemma's and BART's do.
+
+    The factor is a part of W here, so methods act on the rows as the model sees them.
+    """
+
+    def matches(self, module: nn.Module) -> bool:
+        return is_scaled_embedding(module) and not refusal(module)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        weight, scale = tensor_of(module, "weight"), module.embed_scale
+        return (weight * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)).T
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Embedding)
+        return module.num_embeddings, module.embedding_dim
+
+
+def is_scaled_embedding(module: nn.Module) -> bool:
+    """Whether a module is one of the classes of transformers whose names say so."""
+    name = class_name(module)
+    is_scaled = name.startswith("transformers.models.") and name.endswith("ScaledWordEmbedding")
+    # T5Gemma 2 puts a parameter of its own in place of one token's row.
+    return is_scaled and not hasattr(module, "eoi_embedding")
 
 
 class OneHot(Rows):
@@ -148,7 +182,7 @@ def refusal(module: nn.Module) -> str:
 
 
 def _refusal_of_embedding(module: nn.Embedding) -> str:
-    if type(module).forward is not nn.Embedding.forward:
+    if type(module).forward is not nn.Embedding.forward and not is_scaled_embedding(module):
         return " with a forward of its own"
     if module.max_norm is not None:
         return f" with max_norm={module.max_norm:g}, which rewrites rows that it reads"
@@ -178,4 +212,10 @@ def _own_class(module: nn.Module, classes: Any) -> type[nn.Module] | None:
     return None
 
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Conv1D(), Convolutional(), Embedding())
+BUILT_IN: tuple[LayerKind, ...] = (
+    Linear(),
+    Conv1D(),
+    Convolutional(),
+    Embedding(),
+    ScaledEmbedding(),
+)

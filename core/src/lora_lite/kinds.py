@@ -127,7 +127,8 @@ class ScaledEmbedding(Embedding):
         return is_scaled_embedding(module) and not refusal(module)
 
     def weight(self, module: nn.Module) -> Tensor:
-        weight, scale = tensor_of(module, "weight"), module.embed_scale
+        weight = tensor_of(module, "weight")
+        scale: Any = module.embed_scale
         return (weight * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)).T
 
     def shape(self, module: nn.Module) -> tuple[int, int]:

@@ -238,6 +238,24 @@ def test_the_recipe_silences_the_warning_of_a_frozen_head() -> None:
         ll.attach(tiny("llama"), RECIPES["llama"])
 
 
+def test_a_head_of_several_layers_is_chosen_by_what_is_inside_it() -> None:
+    """The head of RoBERTa is a module of two layers: its own path names no layer."""
+    config = transformers.RobertaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = transformers.RobertaForSequenceClassification(config)
+    with pytest.raises(ll.TargetError) as caught:
+        ll.plan(model, {"query$": "lora", r"classifier$": "full"})
+    assert list(caught.value.layers) == ["classifier.dense", "classifier.out_proj"]
+    assert r"write 'classifier\\.'" in str(caught.value)
+    plan = ll.plan(model, {"query$": ("lora", {"r": 2}), r"classifier\.": "full"})
+    assert [p.path for p in plan.placements][1:] == caught.value.layers
+
+
 @pytest.mark.parametrize("kind", ["reward", "tokens"])
 def test_reward_models_and_token_classifiers(kind: str, tmp_path: Path) -> None:
     """A head of one output, and a head for every token, are heads like any other."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import lora_lite as ll
@@ -509,6 +511,24 @@ def test_a_whole_module_runs_with_the_new_parameters() -> None:
     values = {key: p.detach() for key, p in adapter.named_parameters()}
     assert set(values) == {"gated.weight", "batch.weight", "batch.bias"}
     other.load_state_dict(values, strict=False)
+    torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.parametrize("wrap", ["method", "partial"])
+def test_a_forward_that_a_tool_has_put_on_a_module_is_no_trap(wrap: str) -> None:
+    """Kernels replace a module's forward by a method, accelerate by a partial; both are bound."""
+    model, other = Holder().eval(), Holder().eval()
+    x = torch.randn(3, 4)
+    gated = model.gated
+    if wrap == "method":
+        gated.forward = MethodType(Gated.forward, gated)  # type: ignore[method-assign]
+    else:
+        gated.forward = partial(Gated.forward, gated)  # type: ignore[method-assign]
+    adapter = ll.attach(model, Replaced(), targets="gated")
+    assert torch.equal(model(x), other(x))
+    fill(adapter)
+    (weight,) = adapter.parameters()
+    other.gated.weight.data.copy_(weight.data)
     torch.testing.assert_close(model(x), other(x))
 
 

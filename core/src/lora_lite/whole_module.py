@@ -1,7 +1,8 @@
 """Modules without a weight matrix, such as norms: adapted only by parameters in place of theirs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -83,10 +84,17 @@ class WholeModule(LayerKind):
         twin.__dict__.update(module.__dict__)
         twin.__dict__["_parameters"] = {**module._parameters, **replaced}
         twin.__dict__["_buffers"] = buffers
-        return cast(Tensor, twin.forward(*x.args, **x.kwargs))
+        return cast(Tensor, _forward_of(module)(twin, *x.args, **x.kwargs))
 
-    def __hash__(self) -> int:
-        return hash(self.names)
+
+def _forward_of(module: nn.Module) -> Callable[..., object]:
+    """The module's forward as a function of the module.
+
+    Tools that give a module a forward of its own, such as kernels and accelerate, bind it to this
+    one module: a twin would run with the module's own parameters.
+    """
+    own = module.__dict__.get("forward")
+    return own.__func__ if isinstance(own, MethodType) else type(module).forward
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,7 +119,8 @@ def attach(
         values = _start(placements, statistics, state, dtype)
         install(root, state, placements, values)
         tell_frozen(root, chosen, registry.trainable)
-        tell_zero_weights(zero)
+        replaced = {p.path for p in placements if p.variant.replaces_weights}
+        tell_zero_weights([path for path in zero if path not in replaced])
         adapter = Adapter(root, state, modules)
         CHANGING.release()
         return adapter
@@ -249,7 +250,7 @@ def _start(
         with calling(variant, "init", path):
             given = variant.init(site, derived, statistics.get(path, {}), rng)
         started = checked_tensors(variant, "init", given, path)
-        state.uses_base |= site.weight_was_read
+        state.uses_base |= site.weight_was_read and not variant.replaces_weights
         values[path] = start_values(placement, {**derived, **started}, dtype)
     broken = not_finite(flat(values))
     if broken:

@@ -40,6 +40,13 @@ class Calibration:
         for placement in placements:
             with calling(placement.variant, "observe", placement.path):
                 observer = placement.variant.observe(placement.site)
+            if observer is not None and not placement.layer.kind.forms_rows:
+                raise CalibrationError(
+                    f"{placement.variant.name} observes the inputs of {placement.path}, which are "
+                    "never formed (an embedding or a convolution)",
+                    fix="Leave the layer out with exclude=",
+                    layers=(placement.path,),
+                )
             if observer is not None:
                 self.observers[placement.path] = observer
                 self.modules[placement.path] = placement.module

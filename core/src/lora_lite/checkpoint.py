@@ -13,7 +13,7 @@ from lora_lite.attaching import adapter_of
 from lora_lite.author_mistakes import calling, checked_tensors
 from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError, MisfitError
 from lora_lite.fileformat import FilePath, dtypes_of, read
-from lora_lite.find import find_layers
+from lora_lite.find import find_layers, kind_for
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import class_name, looks_linear
@@ -21,7 +21,7 @@ from lora_lite.metadata import Configuration, Metadata
 from lora_lite.missing import refuse_missing
 from lora_lite.modules import named_modules, root_of
 from lora_lite.placements import Placement, place
-from lora_lite.plugins import kind_of, variant_class
+from lora_lite.plugins import variant_class
 from lora_lite.recipe import Recipe
 from lora_lite.registry import CHANGING, install, open_model, release_changing, undo
 from lora_lite.rename import Renaming, renamed
@@ -249,7 +249,7 @@ def _placements(
 ) -> tuple[Placement, ...]:
     modules = dict(named_modules(root))
     refuse_missing(path, root, variants, modules)
-    kinds = {where: kind_of(modules[where]) for where in variants}
+    kinds = {where: kind_for(modules[where], variant) for where, variant in variants.items()}
     other = [w for w, kind in kinds.items() if kind is None and not looks_linear(modules[w])]
     if other:
         raise AdapterFileError(
@@ -270,7 +270,7 @@ def _placements(
 
 
 def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement, ...]) -> None:
-    sites = {placement.path: placement.site for placement in placements}
+    sites = {p.path: p.site for p in placements if not p.variant.replaces_weights}
     unknown = [where for where in sites if where not in described.fingerprint]
     if unknown:
         raise AdapterFileError(
@@ -283,7 +283,7 @@ def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement
     if not other:
         return
     problem = (
-        f"{path} was made on a base with other weights: {len(other)} of {len(placements)} layers "
+        f"{path} was made on a base with other weights: {len(other)} of {len(sites)} layers "
         "differ by more than rounding to bfloat16"
     )
     if described.uses_base:

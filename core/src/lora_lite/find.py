@@ -1,8 +1,8 @@
-"""What a model is made of: its linear layers, and the weights that no adapter can reach.
+"""What a model is made of: its layers, and the weights that no adapter can reach.
 
-1. `find_layers` lists every layer that is linear, or looks as if it were.
-2. `find_others` lists every other weight that holds a matrix: embeddings, convolutions, fused
-experts.
+1. `find_layers` lists every layer with a weight matrix, or that looks as if it had one; and the
+   other modules with parameters of their own, for variants that can replace those.
+2. `find_others` lists every other weight that holds a matrix: fused experts, grouped convolutions.
 """
 
 import math
@@ -12,16 +12,23 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_lite.hooked import hooks_of
+from lora_lite.kinds import refusal
 from lora_lite.layers import LayerKind, looks_linear
 from lora_lite.modules import named_modules
 from lora_lite.plugins import kind_of
+from lora_lite.variant import Variant
+from lora_lite.whole_module import WholeModule
 
 Modules = Sequence[tuple[str, nn.Module]]
+
+# They return several tensors, and torch's attention reads the weights of a module inside it.
+NEVER_WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.LSTMCell)
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module that is linear, or looks as if it were.
+    """A module that an adapter may go to, or that looks linear.
 
     Attributes:
         module: the layer itself.
@@ -49,6 +56,20 @@ class Layer:
             return math.prod(self.kind.shape(self.module))
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    @property
+    def is_default(self) -> bool:
+        """Whether an adapter goes there without being asked to: to linear layers."""
+        return self.kind is None or self.kind.default
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether it has a weight matrix, or looks as if it had one."""
+        return self.kind is None or self.kind.has_matrix
+
+    def takes(self, variant: Variant) -> bool:
+        """Whether a variant can go to layers of this kind at all."""
+        return self.has_matrix or variant.replaces_weights
+
     def has_path_like(self, pattern: re.Pattern[str]) -> bool:
         """Whether `pattern` is found in one of the paths."""
         return any(pattern.search(path) for path in self.paths)
@@ -56,15 +77,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class OtherWeight:
-    """A weight with two dimensions or more that is not the weight of a linear layer.
+    """A weight with two dimensions or more that is not the weight of a `Layer`.
 
     Attributes:
         path: of the parameter, such as `model.layers.0.mlp.experts.gate_up_proj`.
-        owner: the class of the module that holds it.
+        owner: the class of the module that holds it, and why that is not adapted.
         shape: of the parameter.
         in_blocks: whether it lies in the repeated blocks.
         is_bare: whether a module of the model's own holds it; False for a layer of torch, such as
-            an embedding or a convolution.
+            a convolution with groups.
     """
 
     path: str
@@ -78,9 +99,14 @@ class OtherWeight:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
+    @property
+    def holder(self) -> str:
+        """The path of the module that holds it."""
+        return self.path.rpartition(".")[0]
+
     def has_path_like(self, pattern: re.Pattern[str]) -> bool:
         """Whether `pattern` is found in the path of the parameter or of its module."""
-        return bool(pattern.search(self.path) or pattern.search(self.path.rpartition(".")[0]))
+        return bool(pattern.search(self.path) or pattern.search(self.holder))
 
     def __str__(self) -> str:
         shape = " x ".join(str(size) for size in self.shape)
@@ -88,14 +114,15 @@ class OtherWeight:
         return f"{self.path} ({shape}) is {what}"
 
 
-# --- 1. linear layers
+# --- 1. layers
 
 
-def find_layers(modules: Modules) -> list[Layer]:
-    """Every layer that is or looks linear, in the order of the model.
+def find_layers(modules: Modules, *, whole: bool = False) -> list[Layer]:
+    """Every layer with a weight matrix, or that looks linear, in the order of the model.
 
     Args:
         modules: all modules of the model under all of their paths, as `named_modules` gives them.
+        whole: whether to list modules without a weight matrix as well.
     """
     paths_of: dict[nn.Module, list[str]] = {}
     kinds: dict[nn.Module, LayerKind | None] = {}
@@ -106,6 +133,8 @@ def find_layers(modules: Modules) -> list[Layer]:
             never_called.add(module.out_proj)
         if module not in kinds:
             kinds[module] = kind_of(module)
+            if whole and path and kinds[module] is None and not looks_linear(module):
+                kinds[module] = _as_whole(module)
         if kinds[module] is not None or looks_linear(module):
             paths_of.setdefault(module, []).append(path)
     blocks = _block_lists(modules)
@@ -119,6 +148,28 @@ def find_layers(modules: Modules) -> list[Layer]:
         )
         for module, paths in paths_of.items()
     ]
+
+
+def kind_for(module: nn.Module, variant: Variant) -> LayerKind | None:
+    """The kind of a module, for a variant to be attached to it; None if it cannot be."""
+    kind = kind_of(module)
+    if kind is None and variant.replaces_weights and not looks_linear(module):
+        return _as_whole(module)
+    return kind
+
+
+def _as_whole(module: nn.Module) -> WholeModule | None:
+    """The kind of a module that has parameters of its own, besides those of its adapters."""
+    hooks = hooks_of(module)
+    adapters = set() if hooks is None else hooks.tensor_names()
+    names = [
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and name not in adapters
+    ]
+    if not names or isinstance(module, NEVER_WHOLE):
+        return None
+    return WholeModule(tuple(names))
 
 
 def _block_lists(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
@@ -156,25 +207,27 @@ def _block_index(path: str, block_lists: set[str]) -> int | None:
 
 
 def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeight]:
-    """Every parameter of two dimensions or more that is not in a linear layer.
+    """Every parameter of two dimensions or more that is not in a layer with a weight matrix.
 
     Args:
         modules: as for `find_layers`.
         layers: what `find_layers` found.
     """
-    done = {layer.module for layer in layers}
+    done = {layer.module for layer in layers if layer.has_matrix}
     block_lists = _block_lists(modules)
     for path, module in modules:
         if module in done:
             continue
         done.add(module)
-        # Only torch's attention holds projections that a user may take for layers.
-        is_bare = not _is_from_torch(module) or isinstance(module, nn.MultiheadAttention)
+        reason = refusal(module)
+        # Of torch, only attention holds projections that a user may take for layers.
+        is_layer = _is_from_torch(module) or bool(reason)
+        is_bare = not is_layer or isinstance(module, nn.MultiheadAttention)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2:
                 yield OtherWeight(
                     path=f"{path}.{name}" if path else name,
-                    owner=type(module).__name__,
+                    owner=type(module).__name__ + reason,
                     shape=tuple(parameter.shape),
                     in_blocks=_block_index(f"{path}.{name}", block_lists) is not None,
                     is_bare=is_bare,
@@ -182,10 +235,14 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
 
 
 def numbers_in(root: nn.Module) -> int:
-    """How many numbers the matrices of a model hold, were they dense."""
+    """How many numbers the weights of a model hold, were they dense: all but linear layers' biases.
+
+    The tensors of adapters are not counted.
+    """
     modules = list(named_modules(root))
-    layers = find_layers(modules)
-    others = find_others(modules, layers)
+    layers = find_layers(modules, whole=True)
+    counted = {path for layer in layers for path in layer.paths}
+    others = [weight for weight in find_others(modules, layers) if weight.holder not in counted]
     return sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)
 
 

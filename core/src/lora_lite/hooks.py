@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lite.author_mistakes import calling, checked_delta, checked_prepared
+from lora_lite.author_mistakes import RESERVED, calling, checked_delta, checked_prepared
 from lora_lite.errors import AdapterError
 from lora_lite.layers import layer_input
 from lora_lite.recipe import Recipe
@@ -120,6 +120,16 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prepared": {}}
+
+    @property
+    def adds_to_input(self) -> bool:
+        """Whether it is on and changes x."""
+        return self.has_input_delta and self.state.is_active
+
+    @property
+    def adds_to_output(self) -> bool:
+        """Whether it is on and changes y."""
+        return self.has_output_delta and self.state.is_active
 
     def stored(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The tensors as they are stored on the layer."""
@@ -226,21 +236,22 @@ class LayerHooks:
         """Serve one adapter less."""
         self.attachments = tuple(each for each in self.attachments if each.state is not state)
 
+    def tensor_names(self) -> set[str]:
+        """What the adapters' tensors are called on the layer, the marker of `resume` included."""
+        markers = {attribute(each.state.name, RESERVED) for each in self.attachments}
+        return markers.union(*(each.keys.values() for each in self.attachments))
+
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook: adds the input deltas."""
         if not torch.compiler.is_compiling():
             self.was_called = True
-        x = layer_input(args, kwargs)
-        deltas = [
-            attachment.input_delta(module, x)
-            for attachment in self.attachments
-            if attachment.has_input_delta and attachment.state.is_active
-        ]
-        if not deltas:
+        active = [each for each in self.attachments if each.adds_to_input]
+        if not active:
             return None
-        x = sum(deltas, start=x)
+        x = layer_input(args, kwargs)
+        x = sum([each.input_delta(module, x) for each in active], start=x)
         if args:
             return (x, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): x}
@@ -249,13 +260,14 @@ class LayerHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor | None:
         """The forward hook: adds the output deltas."""
-        x = layer_input(args, kwargs)
-        deltas = [
-            attachment.output_delta(module, x, y)
-            for attachment in self.attachments
-            if attachment.has_output_delta and attachment.state.is_active
-        ]
-        return sum(deltas, start=y) if deltas else None
+        active = [each for each in self.attachments if each.adds_to_output]
+        if not active:
+            return None
+        kind = active[0].layer.kind
+        y_rows = kind.to_rows(module, y)
+        x_rows = kind.rows_of(module, args, kwargs, y_rows)
+        deltas = [each.output_delta(module, x_rows, y_rows) for each in active]
+        return sum([kind.from_rows(module, delta, y) for delta in deltas], start=y)
 
 
 def attribute(adapter: str, tensor: str) -> str:

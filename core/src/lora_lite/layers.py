@@ -1,28 +1,47 @@
-"""Which modules are linear layers, and how to read a dense weight from each kind.
+"""What a kind of layer must tell: its weight as a matrix, and its inputs and outputs as rows.
 
-`nn.Linear` and GPT-2's `Conv1D` are known here. A plugin teaches more: in the entry-point group
+Every layer here computes y = x Wᵀ + b, if one looks at it in the right way. Linear layers are known
+here, convolutions and embeddings in `kinds`. A plugin teaches more: in the entry-point group
 `lora_lite.layers`, named after the root package of the layers that it teaches, and loaded only when
 a model holds a module from there.
 """
 
 import sys
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.hookspecs import hookimpl
 
+FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
+GPT2 = "transformers.pytorch_utils.Conv1D"
+
 # What linear layers of different packages call their sizes.
 SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
 class LayerKind(ABC):
-    """How to read one kind of linear layer, y = x Wᵀ + b.
+    """How to read one kind of layer, y = x Wᵀ + b.
 
-    A kind is stateless and can be pickled: every method is given the module.
+    A kind can be pickled and holds nothing of a layer: every method is given the module.
+
+    Attributes:
+        default: whether adapters go to such layers without being asked to. False for those that
+            only `targets` or a recipe chooses.
+        has_matrix: whether there is a W. If there is none, only variants that replace the layer's
+            parameters as they are go there (`Variant.replaces_weights`).
+        forms_rows: whether x is there as rows, (..., d_in). If it is not, as for a convolution,
+            whose rows would be all patches of its input, `rows_of` gives `Rows`, which can be
+            multiplied and nothing else; variants that change or observe x do not fit.
+        reads_ids: whether x stands for token ids, as for an embedding.
     """
+
+    default: ClassVar[bool] = True
+    has_matrix: ClassVar[bool] = True
+    forms_rows: ClassVar[bool] = True
+    reads_ids: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -48,6 +67,27 @@ class LayerKind(ABC):
     def matmul(self, module: nn.Module, m: Tensor) -> Tensor:
         """M Wᵀ for M of shape (k, d_in): shape (k, d_out)."""
         return m @ self.weight(module).detach().to(m.dtype).T
+
+    def rows_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor:
+        """The input as rows x, (..., d_in), from what the layer was called with.
+
+        Args:
+            module: the layer.
+            args: positional.
+            kwargs: keywords.
+            y: what `to_rows` gave.
+        """
+        return layer_input(args, kwargs)
+
+    def to_rows(self, module: nn.Module, y: Tensor) -> Tensor:
+        """The layer's output as rows, (..., d_out)."""
+        return y
+
+    def from_rows(self, module: nn.Module, rows: Tensor, y: Tensor) -> Tensor:
+        """Rows in the layout of the layer's output y: the inverse of `to_rows`."""
+        return rows
 
     def enter(self, module: nn.Module) -> None:
         """Called when the first adapter comes to the model that holds `module`.
@@ -77,19 +117,16 @@ class Linear(LayerKind):
     """`nn.Linear`, and subclasses that keep its forward and have a plain parameter as weight.
 
     Others need a kind of their own: quantised layers, parametrized ones, and torchao's, whose
-    weight is of a class of its own.
+    weight is of a class of its own. Falcon's writes the same product in another way.
     """
 
     def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        if not isinstance(module, nn.Linear) or not has_plain_weight(module):
             return False
-        weight = module._parameters.get("weight")
-        return type(weight) is nn.Parameter or is_dtensor(weight)
+        return type(module).forward is nn.Linear.forward or class_name(module) == FALCON
 
     def weight(self, module: nn.Module) -> Tensor:
-        # The attribute rather than the parameter: the two differ under vmap, FSDP1,
-        # parametrizations.
-        return _tensor(module.weight)
+        return tensor_of(module, "weight")
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Linear)
@@ -100,13 +137,16 @@ class Conv1D(LayerKind):
     """GPT-2's `Conv1D` of transformers: a linear layer whose weight is stored as (d_in, d_out)."""
 
     def matches(self, module: nn.Module) -> bool:
-        return class_name(module) == "transformers.pytorch_utils.Conv1D"
+        return class_name(module) == GPT2
 
     def weight(self, module: nn.Module) -> Tensor:
-        return _tensor(module.weight).T
+        return tensor_of(module, "weight").T
 
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Conv1D())
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether `weight` is a parameter of torch's own class: not quantised, not parametrized."""
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter or is_dtensor(weight)
 
 
 def looks_linear(module: nn.Module) -> bool:
@@ -152,7 +192,11 @@ def overwrite(target: Tensor, values: Tensor) -> None:
     target.copy_(values)
 
 
-def _tensor(attribute: Tensor | nn.Module) -> Tensor:
-    """What the type checker cannot know of a module's attribute."""
-    assert isinstance(attribute, Tensor)
-    return attribute
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A tensor among a module's attributes, as the type checker cannot know it.
+
+    The attribute rather than the parameter: the two differ under vmap, FSDP1 and parametrizations.
+    """
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value

@@ -9,12 +9,34 @@ from lora_lite.find import Layer
 
 
 def no_match(argument: str, pattern: re.Pattern[str], layers: Sequence[Layer]) -> TargetError:
+    """The error; if the pattern matches a module that holds layers, it says how to choose those."""
+    inside = [layer.path for layer in layers if _lies_in(layer, pattern)]
+    if inside:
+        longer = pattern.pattern.removesuffix("$") + r"\."
+        return TargetError(
+            f"{argument}={pattern.pattern!r} matches a module that is no layer; inside it are",
+            details=inside,
+            expected="Patterns are searched for in the paths of layers",
+            fix=f"To choose all layers inside it, write {longer!r}",
+            argument=argument,
+            layers=inside,
+        )
     return TargetError(
         f"{argument}={pattern.pattern!r} matches none of these layers",
         details=names_with_counts(layers),
         expected="Every pattern must match at least one layer",
         fix=did_you_mean(pattern.pattern.strip("^$."), _names(layers)),
         argument=argument,
+    )
+
+
+def _lies_in(layer: Layer, pattern: re.Pattern[str]) -> bool:
+    """Whether a pattern matches one of the modules around a layer."""
+    return any(
+        pattern.search(path[:end])
+        for path in layer.paths
+        for end, letter in enumerate(path)
+        if letter == "."
     )
 
 

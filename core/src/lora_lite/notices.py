@@ -45,7 +45,7 @@ def tell_frozen(root: nn.Module, plan: Plan, trainable: Mapping[str, bool]) -> N
         warn(
             "a pattern also matches weights that get no adapter",
             sorted(str(weight) for weight in plan._choice.passed_over),
-            "Adapters go to linear layers; exclude= silences this",
+            "Layers like these are not adapted; exclude= silences this",
         )
     heads = _heads(root, plan._layers, chosen, trainable)
     if heads:
@@ -74,7 +74,8 @@ def _heads(
     return [
         layer.path
         for layer in layers[in_blocks[-1] + 1 :]
-        if layer.path not in chosen
+        if layer.is_default
+        and layer.path not in chosen
         and layer not in output
         and trainable.get(f"{layer.path}.weight", False)
     ]

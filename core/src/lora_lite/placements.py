@@ -27,6 +27,7 @@ from lora_lite.site import LayerSpec, Site
 from lora_lite.targets import Choice, choose
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Variant
+from lora_lite.variant import overrides as overrides_method
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Plan:
         recipe: the variants, validated, by the pattern that chooses their layers.
         placements: one for each layer, in the order of the model.
         unreachable: the weights that hooks cannot reach, one sentence for each: bare parameters,
-            layers of an unknown kind, and embeddings or convolutions that a pattern matches.
+            layers of an unknown kind, and layers that are not read although a pattern matches.
     """
 
     recipe: Recipe
@@ -132,8 +133,9 @@ def plan(
             `{regular expression: variant}` with a variant of its own for each group of layers,
             given as a name, as `(name, {field: value})`, or as an instance.
         targets: one or several regular expressions, searched for in the paths of the layers.
-            Default: the variant's own; if it has none, every linear layer inside the model's
-            repeated blocks (its `ModuleList`s, and `nn.Sequential`s of one class of blocks).
+            Embeddings and convolutions are adapted if a pattern matches them. Default: the
+            variant's own; if it has none, every linear layer inside the model's repeated blocks
+            (its `ModuleList`s, and `nn.Sequential`s of one class of blocks).
         exclude: one or several regular expressions for layers to leave out. Default: the output
             head.
         layers: indices of the repeated blocks to adapt. Default: all.
@@ -149,7 +151,8 @@ def plan(
     root = root_of(model)
     recipe = make_recipe(variant, fields)
     modules = list(named_modules(root))
-    found = find_layers(modules)
+    whole = any(each.replaces_weights for each in recipe.variants)
+    found = find_layers(modules, whole=whole)
     others = list(find_others(modules, found))
     choice = choose(
         found,
@@ -193,6 +196,10 @@ def place(
             unreadable[path] = f"{path}: {class_name(module)}, its weight {class_name(weight)}"
             continue
         layer = _layer_spec(path, module, kind)
+        problem = _unsuited(kind, variant)
+        if problem:
+            misfits[path] = f"{path} ({type(module).__name__}): {variant.name} {problem}"
+            continue
         try:
             specs = checked_specs(variant, Site(layer, module))
         except SiteError as error:
@@ -202,6 +209,15 @@ def place(
     _refuse_unreadable(unreadable)
     _refuse_misfits(misfits, len(placements) + len(misfits))
     return tuple(placements)
+
+
+def _unsuited(kind: LayerKind, variant: Variant) -> str:
+    """Why a variant cannot go to layers of a kind, as the end of a sentence; "" if it can."""
+    if not kind.has_matrix and not variant.replaces_weights:
+        return "works on a weight matrix, and this module has none"
+    if not kind.forms_rows and overrides_method(type(variant), "delta_input"):
+        return "changes x, which is not there as rows to be changed"
+    return ""
 
 
 def _layer_spec(path: str, module: nn.Module, kind: LayerKind) -> LayerSpec:
@@ -243,8 +259,9 @@ def _out_of_reach(
     found: Sequence[Layer], others: Sequence[OtherWeight], choice: Choice
 ) -> Iterator[str]:
     """One sentence for each weight of the model that no adapter can reach."""
+    chosen = {path for layer in choice.variants for path in layer.paths}
     for weight in others:
-        if weight.is_bare or weight in choice.passed_over:
+        if weight.holder not in chosen and (weight.is_bare or weight in choice.passed_over):
             yield str(weight)
     for layer in found:
         if not layer.is_called:

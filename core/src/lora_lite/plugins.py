@@ -27,7 +27,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from torch import nn
 
-from lora_lite import hookspecs, layers
+from lora_lite import hookspecs, kinds
 from lora_lite.errors import PluginError, UnknownVariantError, did_you_mean
 from lora_lite.layers import LayerKind
 from lora_lite.variant import Variant
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 _manager = pluggy.PluginManager("lora_lite")
 _manager.add_hookspecs(hookspecs)
-for _kind in layers.BUILT_IN:
+for _kind in kinds.BUILT_IN:
     _manager.register(_kind, name=type(_kind).__name__)
 
 # Held while a plugin is registered, never while one is imported: another thread could be waiting

@@ -39,16 +39,16 @@ def refuse_unreachable_weights(source: str, weights: Sequence[OtherWeight]) -> N
 def refuse_unreachable_match(
     argument: str, pattern: re.Pattern[str], others: Sequence[OtherWeight]
 ) -> None:
-    """An error if a pattern matches no linear layer, but does match other weights."""
+    """An error if a pattern matches no layer, but does match other weights."""
     matches = [weight for weight in others if weight.has_path_like(pattern)]
     if not matches:
         return
     raise TargetError(
-        f"{argument}={pattern.pattern!r} matches no linear layer, but weights that an "
-        "adapter cannot reach",
+        f"{argument}={pattern.pattern!r} matches no layer, but weights that an adapter "
+        "cannot reach",
         details=[str(weight) for weight in matches],
-        expected=EXPERTS if matches[0].is_bare else "Adapters go to linear layers only",
-        fix="Choose linear layers; `plan` lists them",
+        expected=EXPERTS if matches[0].is_bare else "A layer that is not read is passed over",
+        fix="Choose other layers; `plan` lists them",
         argument=argument,
         layers=[weight.path for weight in matches],
     )

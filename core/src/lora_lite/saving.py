@@ -65,7 +65,9 @@ def write_adapter(
         dtypes=dtypes_of(tensors),
         derived=not left_out,
         uses_base=state.uses_base,
-        fingerprint=fingerprint(sites.values()),
+        fingerprint=fingerprint(
+            site for place, site in sites.items() if not variants[place].replaces_weights
+        ),
         probes={key: probe(whole(value)) for key, value in left_out.items()},
     )
     _tell(root, state)

@@ -1,5 +1,6 @@
 """A layer as the author of a variant sees it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_lite.errors import VariantContractError
 from lora_lite.layers import LayerKind
+from lora_lite.whole_module import WholeModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,19 @@ class Site:
         return self._layer.path
 
     @property
+    def has_matrix(self) -> bool:
+        """Whether y = W x + b. If not, the module is known by `parameters` and `output` alone.
+
+        Only variants with `replaces_weights` see such a site.
+        """
+        return self._layer.kind.has_matrix
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the layer looks token ids up, and x is a `OneHot`."""
+        return self._layer.kind.reads_ids
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the layer computes."""
         return self._layer.kind.dtype(self._module)
@@ -83,6 +98,32 @@ class Site:
         """M Wᵀ for M of shape (k, d_in): shape (k, d_out), without a dense W where possible."""
         self.weight_was_read = True
         return self._layer.kind.matmul(self._module, m)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of a module without a weight matrix, by name, detached.
+
+        Raises:
+            VariantContractError: it has one; ask `has_matrix` first.
+        """
+        own = self._whole_module().parameters(self._module)
+        return {name: parameter.detach() for name, parameter in own.items()}
+
+    def output(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """M(x; θ'): what such a module gives for x with other values of some parameters.
+
+        Raises:
+            VariantContractError: it has a weight matrix; ask `has_matrix` first.
+        """
+        return self._whole_module().output(self._module, x, parameters)
+
+    def _whole_module(self) -> WholeModule:
+        kind = self._layer.kind
+        if not isinstance(kind, WholeModule):
+            raise VariantContractError(
+                "site.parameters() or site.output() was called for a layer with a weight matrix",
+                fix="Ask site.has_matrix first",
+            )
+        return kind
 
     def __repr__(self) -> str:
         return f"Site({self.path!r}, d_in={self.d_in}, d_out={self.d_out}, bias={self.has_bias})"

@@ -40,7 +40,7 @@ class Choice:
     Attributes:
         variants: the variant of each layer, in the order of the model.
         by_default: whether the user left the choice to lora-lite.
-        passed_over: weights that are not linear layers, although a pattern matches them.
+        passed_over: weights that no adapter can reach, although a pattern matches them.
     """
 
     variants: dict[Layer, Variant]
@@ -86,7 +86,9 @@ def choose(
     indices = block_indices(layers)
     changes = override_fields(overrides)
     if not found:
-        raise TargetError(f"{type(root).__name__} has no linear layer", argument="targets")
+        raise TargetError(
+            f"{type(root).__name__} has no layer that an adapter could go to", argument="targets"
+        )
     exclusions = None if exclude is None else patterns(exclude, "exclude")
     reachable = [w for w in others if not _is_excluded(w, exclusions)]
     groups = _groups(recipe, targets, found, reachable, root)
@@ -140,10 +142,11 @@ def _group(
     others: Sequence[OtherWeight],
     variant: Variant,
 ) -> Group:
-    layers = frozenset(layer for layer in found if layer.has_path_like(pattern))
+    candidates = [layer for layer in found if layer.takes(variant)]
+    layers = frozenset(layer for layer in candidates if layer.has_path_like(pattern))
     if not layers:
         refuse_unreachable_match(argument, pattern, others)
-        raise no_match(argument, pattern, found)
+        raise no_match(argument, pattern, candidates)
     return Group(f"{argument}={pattern.pattern!r}", pattern, layers, variant)
 
 
@@ -152,7 +155,8 @@ def _default_group(
 ) -> Group:
     """The layers of a variant's own patterns, each of which must match some."""
     expressions = patterns(variant.default_targets, "default_targets")
-    groups = [_group(source, pattern, found, others, variant) for pattern in expressions]
+    linear = [layer for layer in found if layer.is_default]
+    groups = [_group(source, pattern, linear, others, variant) for pattern in expressions]
     layers = frozenset().union(*(group.layers for group in groups))
     return Group(source, None, layers, variant)
 
@@ -161,7 +165,7 @@ def _at_least_one(targets: Patterns, found: Sequence[Layer]) -> list[re.Pattern[
     expressions = patterns(targets, "targets")
     if not expressions:
         raise TargetError(
-            f"targets={targets!r} chooses none of this model's linear layers",
+            f"targets={targets!r} chooses none of this model's layers",
             details=names_with_counts(found),
             fix="Give at least one regular expression, or leave targets= out",
             argument="targets",
@@ -170,11 +174,12 @@ def _at_least_one(targets: Patterns, found: Sequence[Layer]) -> list[re.Pattern[
 
 
 def _layers_in_all_blocks(found: Sequence[Layer], root: nn.Module) -> frozenset[Layer]:
-    in_blocks = frozenset(layer for layer in found if layer.blocks)
+    linear = [layer for layer in found if layer.is_default]
+    in_blocks = frozenset(layer for layer in linear if layer.blocks)
     if not in_blocks:
         raise TargetError(
             f"{type(root).__name__} has no repeated blocks (ModuleLists), from which layers are "
-            "chosen by default. Its linear layers are",
+            "chosen by default. Its layers are",
             details=names_with_counts(found),
             fix="Choose some of them with targets=",
             argument="targets",
@@ -291,7 +296,12 @@ def _passed_over(
     matched: set[OtherWeight] = set()
     for group in groups:
         if group.pattern is not None:
-            matches = [w for w in others if w.has_path_like(group.pattern)]
+            adapted = {path for layer in group.layers for path in layer.paths}
+            matches = [
+                weight
+                for weight in others
+                if weight.has_path_like(group.pattern) and weight.holder not in adapted
+            ]
             bare = [w for w in matches if w.is_bare and w.in_blocks]
             if hold_much(bare, found, others):
                 refuse_unreachable_weights(group.source, bare)

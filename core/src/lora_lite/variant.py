@@ -52,6 +52,10 @@ class Variant(BaseModel, metaclass=VariantMeta):
     Subclass it, give it a name (`class LoRA(Variant, name="lora")`), and write `tensors`, `init`
     and one delta. In all methods `site` is a `Site`, `t` maps tensor names to tensors, x is
     (..., d_in) and y is (..., d_out).
+
+    Set `replaces_weights` if the tensors stand in place of the layer's own: what they are is then
+    no matter of the base, whose weights there are not compared when a file is loaded; and the
+    variant goes to modules without a weight matrix too (see `Site.has_matrix`).
     """
 
     model_config = ConfigDict(
@@ -69,6 +73,7 @@ class Variant(BaseModel, metaclass=VariantMeta):
     default_targets: ClassVar[tuple[str, ...]] = ()
     detached: ClassVar[tuple[str, ...]] = ()
     acts_on_bias: ClassVar[bool] = False
+    replaces_weights: ClassVar[bool] = False
 
     # --- init
 

@@ -1,6 +1,5 @@
 """The handle to an adapter: what `attach` and `load` return, and `adapters` finds again."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,21 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lite.adapter_state import overwrite_tensors, saved_tensors
+from lora_lite.adapter_table import adapter_table
 from lora_lite.arguments import finite_scale, is_number
-from lora_lite.author_mistakes import calling, checked_macs, checked_penalty, checked_tensors
-from lora_lite.errors import AdapterError, AdapterFileError
+from lora_lite.author_mistakes import calling, checked_macs, checked_penalty
+from lora_lite.change import LayerChange
+from lora_lite.errors import AdapterError
 from lora_lite.fileformat import FilePath
-from lora_lite.find import numbers_in
 from lora_lite.hooks import AdapterState, Attachment
-from lora_lite.layers import overwrite, whole
 from lora_lite.lost import refuse_lost_layers
-from lora_lite.placements import Placement
+from lora_lite.low_rank import LowRank, low_rank
+from lora_lite.merged import MergedLayer, merged_layer
 from lora_lite.registry import CHANGING, release_changing, remove
-from lora_lite.saving import write_adapter
+from lora_lite.saving import save_adapter
 from lora_lite.site import Site
-from lora_lite.state import flat, refuse_overflow, unpack
 from lora_lite.tensor_spec import TensorSpec
-from lora_lite.unfit import refuse_shards, refuse_wrapped
+from lora_lite.unfit import refuse_wrapped
 from lora_lite.variant import Variant
 
 
@@ -76,21 +76,7 @@ class Adapter:
         return sum(checked_macs(a.variant, "macs_per_forward", site) for a, site, _ in self._each())
 
     def __repr__(self) -> str:
-        state = self._state
-        if not state.attachments:
-            return f"Adapter({self.name!r}: {state.recipe}, detached)"
-        names = Counter(path.rpartition(".")[2] for path in self.sites)
-        counts = ", ".join(f"{name} x {count}" for name, count in names.items())
-        adapted = sum(each.layer.d_in * each.layer.d_out for each in state.attachments.values())
-        share = 100 * adapted / max(1, numbers_in(self._root))
-        frozen = sum(tensor.numel() for _, spec, tensor in self._tensors() if not spec.trainable)
-        switched = "" if state.is_active else ", disabled"
-        return (
-            f"Adapter({self.name!r}: {state.recipe}, scale {self.scale:g}{switched}\n"
-            f"  sites       {len(self.sites)} ({counts}), {share:.3g} % of the weights\n"
-            f"  parameters  {self.num_parameters:,} trainable, {frozen:,} frozen\n"
-            f"  MACs        {self.macs_per_token:,} a token, {self.macs_per_forward:,} a forward)"
-        )
+        return adapter_table(self, self._state, self._root)
 
     # --- training
 
@@ -229,18 +215,7 @@ class Adapter:
             AdapterError: a layer was replaced, or holds only a shard of a tensor.
         """
         self.verify()
-        left_out = {} if derived else self._derived()
-        state: dict[str, Tensor] = {}
-        for attachment, site, t in self._each():
-            stored = {name: whole(value.detach()) for name, value in t.items()}
-            refuse_shards(self.name, site.path, attachment.specs, stored)
-            with calling(attachment.variant, "state_dict", site.path):
-                given = attachment.variant.state_dict(site, stored)
-            saved = checked_tensors(attachment.variant, "state_dict", given, site.path)
-            for name, value in saved.items():
-                if f"{site.path}.{name}" not in left_out:
-                    state[f"{site.path}.{name}"] = value
-        return state
+        return saved_tensors(self, derived)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a full `state_dict` into the attached tensors: all of it or nothing.
@@ -253,21 +228,33 @@ class Adapter:
             AdapterError: a layer was replaced, or holds only a shard of a tensor.
         """
         self.verify()
-        attachments = self._state.attachments
-        placements = [
-            Placement(each.layer, self._modules[path], each.variant, each.specs)
-            for path, each in attachments.items()
-        ]
-        values = unpack(placements, {key: whole(value) for key, value in tensors.items()})
-        targets: dict[str, nn.Parameter] = {}
-        for attachment, site, t in self._each():
-            refuse_shards(self.name, site.path, attachment.specs, t)
-            targets |= {f"{site.path}.{name}": target for name, target in t.items()}
-        cast = {key: value.to(targets[key].dtype) for key, value in flat(values).items()}
-        refuse_overflow(cast)
-        with torch.no_grad():
-            for key, target in targets.items():
-                overwrite(target, cast[key])
+        overwrite_tensors(self, tensors)
+
+    def low_rank(self, rank: int | None = None) -> dict[str, LowRank]:
+        """The change of every layer as factors, y' - y = B (A x) + c, by path.
+
+        They are exact at the present `scale`, for every variant whose change is of low rank. The
+        model is not touched.
+
+        Args:
+            rank: the largest rank to keep. Where a change is of higher rank, its largest part is
+                kept, and `error` says how much of it is lost. None refuses instead.
+
+        Raises:
+            AdapterError: a change is of full rank and no rank is given; or it is not linear.
+        """
+        return low_rank(self._changes(), rank)
+
+    def merged(self) -> dict[str, MergedLayer]:
+        """Weight W + ΔW and bias b + c of every layer, at the present `scale`, by path.
+
+        They are as of a plain linear layer, rounded to the base's dtype once. The model is not
+        touched.
+
+        Raises:
+            AdapterError: a change is not linear.
+        """
+        return {change.site.path: merged_layer(change) for change in self._changes()}
 
     def save(self, path: FilePath, *, derived: bool = True) -> None:
         """Write the adapter to a file of safetensors, atomically.
@@ -285,16 +272,7 @@ class Adapter:
                 or `derived=False`, and nothing can be derived from the base alone.
             AdapterError: a layer was replaced, or holds only a shard of a tensor.
         """
-        left_out = {} if derived else self._derived()
-        if not derived and not left_out:
-            raise AdapterFileError(
-                f"derived=False: nothing of {self._state.recipe} is derived from the base alone",
-                fix="Leave derived= out",
-                path=str(path),
-            )
-        tensors = self.state_dict(derived)
-        sites = {site.path: site for _, site, _ in self._each()}
-        write_adapter(path, self._root, self._state, sites, tensors, left_out)
+        save_adapter(path, self, derived)
 
     def detach(self) -> None:
         """Take the adapter off the model. After the last one, the model is bit for bit as before.
@@ -339,11 +317,14 @@ class Adapter:
             module = self._modules[path]
             yield attachment, Site(attachment.layer, module), attachment.stored(module)
 
+    def _changes(self) -> Iterator[LayerChange]:
+        """What it changes at each layer."""
+        self.verify()
+        for path, attachment in self._attached().attachments.items():
+            yield LayerChange(attachment, self._modules[path])
+
     def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:
         """Every stored tensor, with its key and spec."""
         for attachment, site, t in self._each():
             for name, spec in attachment.specs.items():
                 yield f"{site.path}.{name}", spec, t[name]
-
-    def _derived(self) -> dict[str, nn.Parameter]:
-        return {key: parameter for key, spec, parameter in self._tensors() if spec.derived}

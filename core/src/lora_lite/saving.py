@@ -1,14 +1,18 @@
-"""What an adapter's file says, and the checks before it is written.
+"""Saving an adapter: what its file says, and the checks before it is written.
 
 Whatever `load` would refuse is refused here first, and what the file cannot hold is said.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lora_lite.adapter_state import derived_tensors
 from lora_lite.errors import AdapterFileError
 from lora_lite.fileformat import DTYPES, FilePath, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
@@ -29,6 +33,23 @@ from lora_lite.registry import registry_of
 from lora_lite.site import Site
 from lora_lite.statistics import changed_statistics
 from lora_lite.variant import Variant
+
+if TYPE_CHECKING:
+    from lora_lite.adapter import Adapter
+
+
+def save_adapter(path: FilePath, adapter: Adapter, derived: bool) -> None:
+    """Write an adapter's file. See `Adapter.save`."""
+    left_out = {} if derived else derived_tensors(adapter)
+    if not derived and not left_out:
+        raise AdapterFileError(
+            f"derived=False: nothing of {adapter._state.recipe} is derived from the base alone",
+            fix="Leave derived= out",
+            path=str(path),
+        )
+    tensors = adapter.state_dict(derived)
+    sites = {site.path: site for _, site, _ in adapter._each()}
+    write_adapter(path, adapter._root, adapter._state, sites, tensors, left_out)
 
 
 def write_adapter(

@@ -1,0 +1,73 @@
+"""The weights of an adapted layer with the adapter's change added: what a plain layer would hold.
+
+    W' = W + ΔW,        b' = b + c        for the change y' - y = ΔW x + c
+
+ΔW is the product of exact low-rank factors where there are such; else it is read off the variant's
+own deltas at the rows of an identity matrix, some at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lite.change import LayerChange
+from lora_lite.low_rank import factors_of, random_inputs, refuse_not_affine
+
+# Rows of the identity matrix at a time.
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What a plain linear layer would hold to do what the adapted one does.
+
+    Attributes:
+        weight: W + ΔW (d_out, d_in), in the dtype of the layer's weight.
+        bias: b + c (d_out,), in the dtype of the layer's bias; None if both are 0.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def merged_layer(change: LayerChange) -> MergedLayer:
+    """The merged weight and bias of one layer. The layer is not touched.
+
+    They are computed in float64 and rounded once.
+
+    Raises:
+        AdapterError: the change is not affine in x.
+    """
+    site = change.site
+    w = site.weight()
+    factors = factors_of(change, min(site.d_in, site.d_out) // 4)
+    if factors is not None:
+        delta = factors.B @ factors.A
+        offset = factors.offset
+    else:
+        delta, offset = _dense(change, w)
+    weight = (w.double() + delta).to(w.dtype)
+    if offset is None:
+        return MergedLayer(weight, site.bias().clone() if site.has_bias else None)
+    if not site.has_bias:
+        return MergedLayer(weight, offset.to(w.dtype))
+    bias = site.bias()
+    return MergedLayer(weight, (bias.double() + offset).to(bias.dtype))
+
+
+@torch.no_grad()
+def _dense(change: LayerChange, w: Tensor) -> tuple[Tensor, Tensor | None]:
+    """ΔW (d_out, d_in) and c (d_out,), in float64."""
+    site = change.site
+    w = w.double()
+    offset = change(w.new_zeros(1, site.d_in))[0]
+    delta = torch.empty_like(w)
+    for start in range(0, site.d_in, BLOCK):
+        columns = w[:, start : start + BLOCK]
+        x = w.new_zeros(columns.shape[1], site.d_in)
+        x[:, start : start + BLOCK].fill_diagonal_(1)
+        delta[:, start : start + BLOCK] = (change(x, columns.T) - offset).T
+    x = random_inputs(change, 2, torch.Generator().manual_seed(0))
+    refuse_not_affine(change, x, x @ delta.T + offset)
+    return delta, offset if bool(offset.any()) else None

@@ -20,7 +20,7 @@ from lora_lite.lost import refuse_lost_layers
 from lora_lite.low_rank import LowRank, low_rank
 from lora_lite.merged import MergedLayer, merged_layer
 from lora_lite.registry import CHANGING, release_changing, remove
-from lora_lite.saving import save_adapter
+from lora_lite.saving import save_adapter, write_format
 from lora_lite.site import Site
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.unfit import refuse_wrapped
@@ -256,23 +256,38 @@ class Adapter:
         """
         return {change.site.path: merged_layer(change) for change in self._changes()}
 
-    def save(self, path: FilePath, *, derived: bool = True) -> None:
-        """Write the adapter to a file of safetensors, atomically.
+    def save(
+        self,
+        path: FilePath,
+        *,
+        derived: bool = True,
+        format: str | None = None,  # noqa: A002 (the word for it)
+        **options: Any,
+    ) -> None:
+        """Write the adapter to a file of safetensors, atomically; or write it in another format.
 
         On a sharded model (FSDP2) every process must call this; rank 0 writes.
 
         Args:
-            path: of the file.
+            path: of the file, or of the folder that the format writes.
             derived: whether tensors that can be derived from the base again go into the file.
                 Without them it is small, and loading derives and verifies them: close to the saved
                 ones, not bitwise equal.
+            format: "merged" for a whole checkpoint with the change added, or the name of an
+                installed format, such as "peft".
+            options: of the format.
 
         Raises:
             AdapterFileError: the path cannot be written; the tensors could not be loaded again;
                 or `derived=False`, and nothing can be derived from the base alone.
-            AdapterError: a layer was replaced, or holds only a shard of a tensor.
+            AdapterError: a layer was replaced, or holds only a shard of a tensor; or the format
+                has no place for this adapter.
+            PluginError: the format is not installed, or cannot be used.
         """
-        save_adapter(path, self, derived)
+        if format is None:
+            save_adapter(path, self, derived, options)
+        else:
+            write_format(path, self, format, derived, options)
 
     def detach(self) -> None:
         """Take the adapter off the model. After the last one, the model is bit for bit as before.

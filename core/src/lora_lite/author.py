@@ -1,8 +1,9 @@
-"""What the author of a variant or of a layer kind needs, in one namespace.
+"""What the author of a variant, a layer kind or a format needs, in one namespace.
 
 from lora_lite.author import Rng, Site, Tensors, TensorSpec, Variant
 """
 
+from lora_lite.base import Base
 from lora_lite.errors import (
     CalibrationError,
     LayerKindError,
@@ -10,6 +11,8 @@ from lora_lite.errors import (
     VariantContractError,
     VariantDefinitionError,
 )
+from lora_lite.fields import make_variant
+from lora_lite.formats import ForeignAdapter, Format
 from lora_lite.layers import LayerKind
 from lora_lite.linalg import check_rank, top_r_svd
 from lora_lite.site import Site
@@ -17,7 +20,10 @@ from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Observer, Rng, ScaledVariant, Tensors, Variant
 
 __all__ = [
+    "Base",
     "CalibrationError",
+    "ForeignAdapter",
+    "Format",
     "LayerKind",
     "LayerKindError",
     "Observer",
@@ -31,5 +37,6 @@ __all__ = [
     "VariantContractError",
     "VariantDefinitionError",
     "check_rank",
+    "make_variant",
     "top_r_svd",
 ]

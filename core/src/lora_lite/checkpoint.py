@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -13,19 +15,19 @@ from lora_lite.attaching import adapter_of
 from lora_lite.author_mistakes import calling, checked_tensors
 from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
 from lora_lite.fileformat import FilePath, dtypes_of, read
-from lora_lite.find import find_layers
 from lora_lite.fingerprint import changed, probe_agrees
+from lora_lite.foreign import is_own_file
+from lora_lite.format_plugins import format_of
 from lora_lite.hooks import AdapterState
+from lora_lite.loading import load_foreign, own_values, placed, put_on
 from lora_lite.metadata import Configuration, Metadata
-from lora_lite.missing import refuse_missing
-from lora_lite.modules import named_modules, root_of
-from lora_lite.placements import Placement, place
-from lora_lite.plugins import kind_of, variant_class
+from lora_lite.modules import root_of
+from lora_lite.placements import Placement
+from lora_lite.plugins import variant_class
 from lora_lite.recipe import Recipe
-from lora_lite.registry import CHANGING, install, open_model, release_changing, remove
 from lora_lite.rename import Renaming, renamed
-from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
-from lora_lite.unfit import refuse_taken_name, refuse_unfit, refuse_wrapped
+from lora_lite.state import by_layer, flat, refuse_overflow, unpack
+from lora_lite.unfit import refuse_unfit, refuse_wrapped
 from lora_lite.variant import Tensors, Variant
 from lora_lite.warn import warn
 
@@ -33,15 +35,22 @@ Classes = type[Variant] | Iterable[type[Variant]] | None
 
 
 def save(
-    model: nn.Module, path: FilePath, name: str | None = None, *, derived: bool = True
+    model: nn.Module,
+    path: FilePath,
+    name: str | None = None,
+    *,
+    derived: bool = True,
+    format: str | None = None,  # noqa: A002 (the word for it)
+    **options: Any,
 ) -> None:
     """Save the adapter called `name`, or the only one. See `Adapter.save`.
 
     Raises:
         AdapterError: there is no such adapter.
         AdapterFileError: the path cannot be written, or the tensors could not be loaded again.
+        PluginError: the format is not installed, or cannot be used.
     """
-    adapter_of(model, name).save(path, derived=derived)
+    adapter_of(model, name).save(path, derived=derived, format=format, **options)
 
 
 def load(
@@ -55,7 +64,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     rename: Renaming = None,
 ) -> Adapter:
-    """Attach the adapter of a file.
+    """Attach the adapter of a file, or of a path of an installed format, such as a folder of PEFT.
 
     Nothing is initialised and no calibration data is needed: a full file gives back the saved
     adapter bit for bit. All or nothing: after an error, or an interruption at any line, the model
@@ -63,7 +72,8 @@ def load(
 
     Args:
         model: the base.
-        path: of the file.
+        path: of the file; or a path that an installed format recognises, which takes name=, dtype=
+            and rename= alone.
         name: under which to attach the adapter.
         variant: the class to use, or several, if they are not installed as plugins (written in a
             notebook, say).
@@ -77,15 +87,20 @@ def load(
         AdapterFileError: a file that cannot be read, or does not fit the model; everything that is
             wrong is listed.
         BaseMismatchError: another base.
-        UnknownVariantError, PluginError: the file's variant is not installed, or cannot be used.
+        UnknownVariantError, PluginError: the file's variant or format is not installed, or cannot
+            be used.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
 
     Warns:
         AdapterWarning: another base, which the adapter's tensors do not depend on.
     """
-    # 1. what the file says
     adapter_name(name)
     dtype = None if dtype is None else trainable_dtype(dtype)
+    other = None if is_own_file(Path(path)) else format_of(Path(path))
+    if other is not None:
+        return load_foreign(other, Path(path), model, name, dtype, rename)
+
+    # 1. what the file says
     described, tensors = read(path)
     known = list(_mistyped(described, tensors))
     described, tensors = renamed(path, described, tensors, rename)
@@ -94,7 +109,7 @@ def load(
     # 2. where it goes
     root = root_of(model)
     refuse_wrapped(root)
-    placements = _placements(path, root, variants)
+    placements = placed(path, root, variants)
     refuse_unfit(root, placements, name)
     if check_base:
         _check_base(path, described, placements)
@@ -103,27 +118,19 @@ def load(
     if not described.derived:
         tensors = {**tensors, **_derive(path, described, placements)}
     unpacked = unpack(placements, tensors, known)
-    values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
+    values = {p.path: own_values(p, unpacked[p.path], dtype) for p in placements}
     refuse_overflow(flat(values))
 
     # 4. onto the model
-    recipe = Recipe(tuple(dict.fromkeys(variants.values())))
     state = AdapterState(
-        name, recipe, described.seed, described.scale, described.uses_base, is_loaded=True
+        name,
+        Recipe(tuple(dict.fromkeys(variants.values()))),
+        described.seed,
+        described.scale,
+        described.uses_base,
+        is_loaded=True,
     )
-    modules = {placement.path: placement.module for placement in placements}
-    try:
-        CHANGING.acquire()
-        refuse_taken_name(root, name)  # no other thread can come between now
-        open_model(root, find_layers(list(named_modules(root))))
-        install(root, state, placements, values)
-        adapter = Adapter(root, state, modules)
-        CHANGING.release()
-        return adapter
-    except BaseException:
-        remove(root, state, modules)
-        release_changing()
-        raise
+    return put_on(root, placements, values, state)
 
 
 # --- 1. what the file says
@@ -221,17 +228,6 @@ def _made(path: FilePath, cls: type[Variant], fields: str) -> Variant:
 # --- 2. where it goes
 
 
-def _placements(
-    path: FilePath, root: nn.Module, variants: Mapping[str, Variant]
-) -> tuple[Placement, ...]:
-    modules = dict(named_modules(root))
-    refuse_missing(path, root, variants, modules)
-    return place(
-        (where, modules[where], kind_of(modules[where]), variant)
-        for where, variant in variants.items()
-    )
-
-
 def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement, ...]) -> None:
     sites = {placement.path: placement.site for placement in placements}
     unknown = [where for where in sites if where not in described.fingerprint]
@@ -298,12 +294,3 @@ def _derive(
 
 def _agrees(described: Metadata, key: str, value: Tensor) -> bool:
     return key in described.probes and probe_agrees(value, described.probes[key])
-
-
-def _owned(placement: Placement, values: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of one layer in memory of their own; the trainable ones in `dtype`."""
-    dtypes = {
-        name: dtype if spec.trainable and spec.dtype is None else None
-        for name, spec in placement.specs.items()
-    }
-    return own_copies(placement, values, dtypes)

@@ -121,7 +121,7 @@ def factors_of(change: LayerChange, most: int) -> LowRank | None:
     """
     rng = torch.Generator().manual_seed(0)
     largest = min(change.site.d_in, change.site.d_out)
-    offset = _offset(change)
+    offset = offset_of(change)
     count = min(FIRST_PROBES, largest)
     while True:
         x = random_inputs(change, count, rng)
@@ -158,7 +158,7 @@ def _balanced(change: LayerChange, q: Tensor) -> tuple[Tensor, Tensor]:
 def _largest_part(change: LayerChange, rank: int) -> LowRank:
     """About the best factors of this rank, by subspace iteration; the error is estimated."""
     rng = torch.Generator().manual_seed(0)
-    offset = _offset(change)
+    offset = offset_of(change)
     x = random_inputs(change, rank + max(FIRST_PROBES, rank), rng)
     for _ in range(SUBSPACE_ITERATIONS):
         q = torch.linalg.qr((_evaluate(change, x) - offset).T).Q
@@ -183,8 +183,8 @@ def _evaluate(change: LayerChange, x: Tensor) -> Tensor:
     return change(x)
 
 
-def _offset(change: LayerChange) -> Tensor:
-    """C (d_out,), exactly 0 where it is rounding of the bias that a variant takes off y."""
+def offset_of(change: LayerChange) -> Tensor:
+    """The change at x = 0 (d_out,), in float64; exactly 0 where it is rounding of the bias."""
     zero = torch.zeros(1, change.site.d_in, dtype=torch.float64, device=change.device)
     offset = _evaluate(change, zero)[0]
     if not change.site.has_bias:

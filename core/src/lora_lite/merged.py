@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.change import LayerChange
-from lora_lite.low_rank import factors_of, random_inputs, refuse_not_affine
+from lora_lite.low_rank import factors_of, offset_of, random_inputs, refuse_not_affine
 
 # Rows of the identity matrix at a time.
 BLOCK = 512
@@ -42,23 +42,22 @@ def merged_layer(change: LayerChange) -> MergedLayer:
     site = change.site
     w = site.weight()
     factors = factors_of(change, min(site.d_in, site.d_out) // 4)
-    if factors is not None:
-        delta = factors.B @ factors.A
-        offset = factors.offset
-    else:
-        delta, offset = _dense(change, w)
-    weight = (w.double() + delta).to(w.dtype)
-    if offset is None:
-        return MergedLayer(weight, site.bias().clone() if site.has_bias else None)
-    if not site.has_bias:
-        return MergedLayer(weight, offset.to(w.dtype))
-    bias = site.bias()
-    return MergedLayer(weight, (bias.double() + offset).to(bias.dtype))
+    delta = _dense(change, w) if factors is None else factors.B @ factors.A
+    return MergedLayer((w.double() + delta).to(w.dtype), merged_bias(change))
+
+
+def merged_bias(change: LayerChange) -> Tensor | None:
+    """The merged bias alone: b + c, or None if both are 0."""
+    site, offset = change.site, offset_of(change)
+    if site.has_bias:
+        bias = site.bias()
+        return (bias.double() + offset).to(bias.dtype)
+    return offset.to(site.dtype) if bool(offset.any()) else None
 
 
 @torch.no_grad()
-def _dense(change: LayerChange, w: Tensor) -> tuple[Tensor, Tensor | None]:
-    """ΔW (d_out, d_in) and c (d_out,), in float64."""
+def _dense(change: LayerChange, w: Tensor) -> Tensor:
+    """ΔW (d_out, d_in), in float64."""
     site = change.site
     w = w.double()
     offset = change(w.new_zeros(1, site.d_in))[0]
@@ -70,4 +69,4 @@ def _dense(change: LayerChange, w: Tensor) -> tuple[Tensor, Tensor | None]:
         delta[:, start : start + BLOCK] = (change(x, columns.T) - offset).T
     x = random_inputs(change, 2, torch.Generator().manual_seed(0))
     refuse_not_affine(change, x, x @ delta.T + offset)
-    return delta, offset if bool(offset.any()) else None
+    return delta

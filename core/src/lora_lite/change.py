@@ -33,6 +33,11 @@ class LayerChange:
         self.variant = attachment.variant.name
         self.device = next(iter(attachment.stored(module).values())).device
 
+    @property
+    def is_at_input(self) -> bool:
+        """Whether the layer's input is changed, so that the change goes through W."""
+        return self._attachment.has_input_delta
+
     def __call__(self, x: Tensor, w_x: Tensor | None = None) -> Tensor:
         """The change of y for rows of inputs.
 

@@ -1,6 +1,7 @@
 """Save and load: one adapter, one file, all or nothing."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def load(
     """
     adapter_name(name)
     dtype = None if dtype is None else trainable_dtype(dtype)
-    other = None if is_own_file(Path(path)) else format_of(Path(path))
+    is_foreign = os.path.exists(path) and not is_own_file(Path(path))
+    other = format_of(Path(path)) if is_foreign else None
     if other is not None:
         return load_foreign(other, Path(path), model, name, dtype, rename)
 

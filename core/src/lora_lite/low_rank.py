@@ -6,9 +6,9 @@ A change that is affine in x has such a form, whatever the variant. It is read o
 deltas, in float64:
 
 1. c is the change at x = 0.
-2. The changes of k random inputs span the column space of ΔW; Q is an orthonormal basis of it.
+2. The changes of random inputs span the column space of ΔW; Q is an orthonormal basis of it. As
+   long as each new one adds a direction there may be more, and their number is doubled.
 3. One vector-Jacobian product gives the rows Qᵀ ΔW, and its singular value decomposition the rank.
-   Where the rank turns out to be k, there may be more, and k is doubled.
 4. The factors are compared with the change of other random inputs: a change that is not affine in
    x has no such form.
 
@@ -120,24 +120,47 @@ def factors_of(change: LayerChange, most: int) -> LowRank | None:
         AdapterError: the change is not affine in x.
     """
     rng = torch.Generator().manual_seed(0)
-    largest = min(change.site.d_in, change.site.d_out)
     offset = offset_of(change)
+    q = _column_space(change, offset, most, rng)
+    if q is None:
+        return None
+    a, b = _balanced(change, q)
+    if len(a) > most:
+        return None
+    x = random_inputs(change, 2, rng)
+    refuse_not_affine(change, x, x @ a.T @ b.T + offset)
+    return LowRank(a, b, offset if bool(offset.any()) else None)
+
+
+def _column_space(
+    change: LayerChange, offset: Tensor, most: int, rng: torch.Generator
+) -> Tensor | None:
+    """An orthonormal basis (d_out, rank) of the columns of ΔW; None if the rank is above `most`."""
+    largest = min(change.site.d_in, change.site.d_out)
+    q = torch.zeros(change.site.d_out, 0, dtype=torch.float64, device=change.device)
+    longest = 0.0
     count = min(FIRST_PROBES, largest)
     while True:
-        x = random_inputs(change, count, rng)
-        q = torch.linalg.qr((_evaluate(change, x) - offset).T).Q
-        a, b = _balanced(change, q)
-        if len(a) < count or count == largest:
-            break
+        x = random_inputs(change, count - q.shape[1], rng)
+        columns = (_evaluate(change, x) - offset).T
+        for _ in range(2):  # once leaves rounding behind
+            columns = columns - q @ (q.T @ columns)
+        new, triangle = torch.linalg.qr(columns)
+        # What each column adds to those before it. Where that is rounding, so is its direction.
+        lengths = triangle.diagonal().abs()
+        longest = max(longest, float(lengths.max()))
+        is_real = lengths > _negligible(change, longest, float(x.norm(dim=1).max()))
+        q = torch.cat([q, new[:, is_real]], dim=1)
+        if not bool(is_real.all()) or count == largest:
+            return q
         if count > most:
             return None
         count = min(2 * count, largest)
-    if len(a) > most:
-        return None
-    factors = LowRank(a, b, offset if bool(offset.any()) else None)
-    x = random_inputs(change, 2, rng)
-    refuse_not_affine(change, x, x @ a.T @ b.T + offset)
-    return factors
+
+
+def _negligible(change: LayerChange, largest: float, length: float = 1.0) -> float:
+    """What is rounding: beside the largest change, and beside what W makes of such an input."""
+    return max(NEGLIGIBLE * largest, NEGLIGIBLE_BESIDE_W * _size_of_weight(change) * length)
 
 
 def _balanced(change: LayerChange, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +171,7 @@ def _balanced(change: LayerChange, q: Tensor) -> tuple[Tensor, Tensor]:
         q: orthonormal columns (d_out, count).
     """
     u, s, v = torch.linalg.svd(_rows(change, q), full_matrices=False)
-    smallest = max(NEGLIGIBLE * float(s[0]), NEGLIGIBLE_BESIDE_W * _size_of_weight(change))
-    rank = int((s > smallest).sum())
+    rank = int((s > _negligible(change, float(s[:1].sum()))).sum())
     root = s[:rank].sqrt()
     return root[:, None] * v[:rank], (q @ u[:, :rank]) * root
 

@@ -2,8 +2,9 @@
 
     W' = W + ΔW,        b' = b + c        for the change y' - y = ΔW x + c
 
-ΔW is the product of exact low-rank factors where there are such; else it is read off the variant's
-own deltas at the rows of an identity matrix, some at a time.
+ΔW is read off the variant's own deltas at the rows of an identity matrix, some at a time: W x is
+then a column of W. A change of the layer's input has to go through W, which is less work by exact
+low-rank factors, where there are such.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def merged_layer(change: LayerChange) -> MergedLayer:
     """
     site = change.site
     w = site.weight()
-    factors = factors_of(change, min(site.d_in, site.d_out) // 4)
+    smaller = min(site.d_in, site.d_out)
+    factors = factors_of(change, smaller // 16) if change.is_at_input else None
     delta = _dense(change, w) if factors is None else factors.B @ factors.A
     return MergedLayer((w.double() + delta).to(w.dtype), merged_bias(change))
 

@@ -139,6 +139,19 @@ def test_every_method_of_low_rank_is_plain_lora_in_peft(
     assert relative(logits(in_peft(make, tmp_path / "out")), logits(model)) < TOLERANCE
 
 
+def test_other_ranks_and_scales_are_folded_in(make: Make, tmp_path: Path) -> None:
+    """Layers of several ranks, alphas and scalings are one rank and lora_alpha = r, in PEFT ours."""
+    model = make()
+    name = target_names(make)[0]
+    overrides = {f"1.*{name}": {"r": 2}, f"0.*{name}": {"alpha": 3.0, "rslora": True}}
+    adapter = adapted(model, ("lora", {"r": 4, "alpha": 6.0}), overrides=overrides)
+    adapter.save(tmp_path / "out", format="peft")
+    config = config_of(tmp_path / "out")
+    assert config["r"] == config["lora_alpha"] == 4
+    assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"])
+    assert relative(logits(in_peft(make, tmp_path / "out")), logits(model)) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "case", [*FULL_RANK, ("hra", {"r": 4}), ("delora", {"r": 3}), ("pissa", {"r": 2})], ids=ids
 )

@@ -8,23 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lite.adapter_state import overwrite_tensors, saved_tensors
 from lora_lite.adapter_text import adapter_text
 from lora_lite.arguments import finite_scale, flag
-from lora_lite.author_mistakes import calling, checked_macs, checked_penalty, checked_tensors
-from lora_lite.errors import AdapterError, AdapterFileError
+from lora_lite.author_mistakes import calling, checked_macs, checked_penalty
+from lora_lite.change import LayerChange
+from lora_lite.errors import AdapterError
 from lora_lite.fileformat import FilePath
 from lora_lite.groups import Groups, Rates, parameter_groups
 from lora_lite.hooks import AdapterState, Attachment
 from lora_lite.layers import overwrite, whole
 from lora_lite.lost import refuse_lost_layers
-from lora_lite.placements import Placement
+from lora_lite.low_rank import LowRank, low_rank
+from lora_lite.merged import MergedLayer, merged_layer
 from lora_lite.registry import take_off
 from lora_lite.restore import restore
-from lora_lite.saving import write_adapter
+from lora_lite.saving import save_adapter, write_format
 from lora_lite.site import Site
-from lora_lite.state import flat, refuse_overflow, unpack
 from lora_lite.tensor_spec import TensorSpec
-from lora_lite.unfit import refuse_shards
 from lora_lite.variant import Variant
 
 
@@ -216,18 +217,7 @@ class Adapter:
             AdapterError: a layer was replaced, or holds only a shard of a tensor.
         """
         self.verify()
-        left_out = {} if derived else self._derived()
-        state: dict[str, Tensor] = {}
-        for attachment, site, t in self._each():
-            stored = {name: whole(value.detach()) for name, value in t.items()}
-            refuse_shards(self.name, site.path, attachment.specs, stored)
-            with calling(attachment.variant, "state_dict", site.path):
-                given = attachment.variant.state_dict(site, stored)
-            saved = checked_tensors(attachment.variant, "state_dict", given, site.path)
-            for name, value in saved.items():
-                if f"{site.path}.{name}" not in left_out:
-                    state[f"{site.path}.{name}"] = value
-        return state
+        return saved_tensors(self, derived)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a full `state_dict` into the attached tensors: all of it or nothing.
@@ -240,48 +230,66 @@ class Adapter:
             AdapterError: a layer was replaced, or holds only a shard of a tensor.
         """
         self.verify()
-        attachments = self._state.attachments
-        placements = [
-            Placement(each.layer, self._modules[path], each.variant, each.specs)
-            for path, each in attachments.items()
-        ]
-        values = unpack(placements, tensors)
-        targets: dict[str, nn.Parameter] = {}
-        for attachment, site, t in self._each():
-            refuse_shards(self.name, site.path, attachment.specs, t)
-            targets |= {f"{site.path}.{name}": target for name, target in t.items()}
-        cast = {key: value.to(targets[key].dtype) for key, value in flat(values).items()}
-        refuse_overflow(cast)
-        with torch.no_grad():
-            for key, target in targets.items():
-                overwrite(target, cast[key])
+        overwrite_tensors(self, tensors)
 
-    def save(self, path: FilePath, *, derived: bool = True) -> None:
-        """Write the adapter to a file of safetensors, atomically.
+    def low_rank(self, rank: int | None = None) -> dict[str, LowRank]:
+        """The change of every layer as factors, y' - y = B (A x) + c, by path.
+
+        They are exact at the present `scale`, for every variant whose change is of low rank. The
+        model is not touched.
+
+        Args:
+            rank: the largest rank to keep. Where a change is of higher rank, its largest part is
+                kept, and `error` says how much of it is lost. None refuses instead.
+
+        Raises:
+            AdapterError: a change is of full rank and no rank is given; or it is not linear.
+        """
+        return low_rank(self._changes(), rank)
+
+    def merged(self) -> dict[str, MergedLayer]:
+        """Weight W + ΔW and bias b + c of every layer, at the present `scale`, by path.
+
+        They are as of a plain linear layer, rounded to the base's dtype once. The model is not
+        touched.
+
+        Raises:
+            AdapterError: a change is not linear.
+        """
+        return {change.site.path: merged_layer(change) for change in self._changes()}
+
+    def save(
+        self,
+        path: FilePath,
+        *,
+        derived: bool = True,
+        format: str | None = None,  # noqa: A002 (the word for it)
+        **options: Any,
+    ) -> None:
+        """Write the adapter to a file of safetensors, atomically; or write it in another format.
 
         On a sharded model (FSDP2) every process must call this; rank 0 writes.
 
         Args:
-            path: of the file.
+            path: of the file, or of the folder that the format writes.
             derived: whether tensors that can be derived from the base again go into the file.
                 Without them it is small, and loading derives and verifies them: close to the saved
                 ones, not bitwise equal.
+            format: "merged" for a whole checkpoint with the change added, or the name of an
+                installed format, such as "peft".
+            options: of the format.
 
         Raises:
             AdapterFileError: the path cannot be written; the tensors could not be loaded again;
                 or `derived=False`, and nothing can be derived from the base alone.
-            AdapterError: a layer was replaced, or holds only a shard of a tensor.
+            AdapterError: a layer was replaced, or holds only a shard of a tensor; or the format
+                has no place for this adapter.
+            PluginError: the format is not installed, or cannot be used.
         """
-        left_out = {} if flag(derived, "derived") else self._derived()
-        if not derived and not left_out:
-            raise AdapterFileError(
-                f"derived=False: nothing of {self._state.recipe} is derived from the base alone",
-                fix="Leave derived= out",
-                path=str(path),
-            )
-        tensors = self.state_dict(derived)
-        sites = {site.path: site for _, site, _ in self._each()}
-        write_adapter(path, self._root, self._state, sites, tensors, left_out)
+        if format is None:
+            save_adapter(path, self, derived, options)
+        else:
+            write_format(path, self, format, derived, options)
 
     def restore(self, path: FilePath) -> None:
         """Put what was saved to a file into this adapter, to go on training: all of it or nothing.
@@ -330,11 +338,14 @@ class Adapter:
             module = self._modules[path]
             yield attachment, Site(attachment.layer, module), attachment.stored(module)
 
+    def _changes(self) -> Iterator[LayerChange]:
+        """What it changes at each layer."""
+        self.verify()
+        for path, attachment in self._attached().attachments.items():
+            yield LayerChange(attachment, self._modules[path])
+
     def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:
         """Every stored tensor, with its key and spec."""
         for attachment, site, t in self._each():
             for name, spec in attachment.specs.items():
                 yield f"{site.path}.{name}", spec, t[name]
-
-    def _derived(self) -> dict[str, nn.Parameter]:
-        return {key: parameter for key, spec, parameter in self._tensors() if spec.derived}

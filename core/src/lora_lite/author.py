@@ -1,8 +1,9 @@
-"""What the author of a variant or of a layer kind needs, in one namespace.
+"""What the author of a variant, a layer kind or a format needs, in one namespace.
 
 from lora_lite.author import Rng, Site, Tensors, TensorSpec, Variant
 """
 
+from lora_lite.base import Base
 from lora_lite.errors import (
     CalibrationError,
     LayerKindError,
@@ -11,6 +12,8 @@ from lora_lite.errors import (
     VariantDefinitionError,
 )
 from lora_lite.field_types import DropoutRate, Finite, NonNegativeFinite, PositiveFinite
+from lora_lite.fields import make_variant
+from lora_lite.formats import ForeignAdapter, Format
 from lora_lite.layers import LayerKind
 from lora_lite.linalg import check_rank, row_signs, top_r_svd
 from lora_lite.lora_form import lora_scale, uniform_start
@@ -19,9 +22,12 @@ from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Observer, Rng, ScaledVariant, Tensors, Variant
 
 __all__ = [
+    "Base",
     "CalibrationError",
     "DropoutRate",
     "Finite",
+    "ForeignAdapter",
+    "Format",
     "LayerKind",
     "LayerKindError",
     "NonNegativeFinite",
@@ -38,6 +44,7 @@ __all__ = [
     "VariantDefinitionError",
     "check_rank",
     "lora_scale",
+    "make_variant",
     "row_signs",
     "top_r_svd",
     "uniform_start",

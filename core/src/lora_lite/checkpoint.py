@@ -1,7 +1,10 @@
 """Save and load: one adapter, one file, all or nothing."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -11,21 +14,21 @@ from lora_lite.adapter import Adapter
 from lora_lite.arguments import adapter_name, flag, listed, trainable_dtype
 from lora_lite.attaching import adapter_of
 from lora_lite.author_mistakes import calling, checked_tensors
-from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError, MisfitError
+from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
 from lora_lite.fileformat import FilePath, dtypes_of, read
-from lora_lite.find import find_layers, kind_for
 from lora_lite.fingerprint import changed, probe_agrees
+from lora_lite.foreign import is_own_file
+from lora_lite.format_plugins import format_of
 from lora_lite.hooks import AdapterState
-from lora_lite.layers import class_name, looks_linear
+from lora_lite.loading import first_of_each_class, load_foreign, own_values, placed, put_on
 from lora_lite.metadata import Configuration, Metadata
-from lora_lite.missing import refuse_missing
-from lora_lite.modules import named_modules, root_of
-from lora_lite.placements import Placement, place
+from lora_lite.modules import root_of
+from lora_lite.placements import Placement
 from lora_lite.plugins import variant_class
 from lora_lite.recipe import Recipe
-from lora_lite.registry import CHANGING, install, open_model, release_changing, undo
+from lora_lite.registry import CHANGING, release_changing, undo
 from lora_lite.rename import Renaming, renamed
-from lora_lite.state import by_layer, flat, own_copies, refuse_overflow, unpack
+from lora_lite.state import by_layer, flat, refuse_overflow, unpack
 from lora_lite.unfit import refuse_unfit
 from lora_lite.variant import Tensors, Variant
 from lora_lite.warn import warn
@@ -35,15 +38,22 @@ Classes = type[Variant] | Iterable[type[Variant]] | None
 
 
 def save(
-    model: nn.Module, path: FilePath, name: str | None = None, *, derived: bool = True
+    model: nn.Module,
+    path: FilePath,
+    name: str | None = None,
+    *,
+    derived: bool = True,
+    format: str | None = None,  # noqa: A002 (the word for it)
+    **options: Any,
 ) -> None:
     """Save the adapter called `name`, or the only one. See `Adapter.save`.
 
     Raises:
         AdapterError: there is no such adapter.
         AdapterFileError: the path cannot be written, or the tensors could not be loaded again.
+        PluginError: the format is not installed, or cannot be used.
     """
-    adapter_of(model, name).save(path, derived=derived)
+    adapter_of(model, name).save(path, derived=derived, format=format, **options)
 
 
 def load(
@@ -57,7 +67,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     rename: Renaming = None,
 ) -> Adapter:
-    """Attach the adapter of a file.
+    """Attach the adapter of a file, or of a path of an installed format, such as a folder of PEFT.
 
     Nothing is initialised and no calibration data is needed: a full file gives back the saved
     adapter bit for bit. All or nothing: after an error, or an interruption at any line, the model
@@ -65,7 +75,8 @@ def load(
 
     Args:
         model: the base.
-        path: of the file.
+        path: of the file; or a path that an installed format recognises, which takes name=, dtype=
+            and rename= alone.
         name: under which to attach the adapter.
         variant: the class to use, or several, if they are not installed as plugins (written in a
             notebook, say).
@@ -79,16 +90,22 @@ def load(
         AdapterFileError: a file that cannot be read, or does not fit the model; everything that is
             wrong is listed.
         BaseMismatchError: another base.
-        UnknownVariantError, PluginError: the file's variant is not installed, or cannot be used.
+        UnknownVariantError, PluginError: the file's variant or format is not installed, or cannot
+            be used.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
 
     Warns:
         AdapterWarning: another base, which the adapter's tensors do not depend on.
     """
-    # 1. what the file says
     adapter_name(name)
     dtype = None if dtype is None else trainable_dtype(dtype)
     flag(check_base, "check_base")
+    is_foreign = _is_of_another_format(path)
+    other = format_of(Path(path)) if is_foreign else None
+    if other is not None:
+        return load_foreign(other, Path(path), model, name, dtype, rename)
+
+    # 1. what the file says
     described, tensors = read(path)
     known = list(_mistyped(described, tensors))
     described, tensors = renamed(path, described, tensors, rename)
@@ -102,7 +119,7 @@ def load(
 
         # 2. where it goes
         refuse_wrapped(root)
-        placements = _placements(path, root, variants)
+        placements = placed(path, root, variants)
         refuse_unfit(root, placements, name)
         if check_base:
             _check_base(path, described, placements)
@@ -111,15 +128,13 @@ def load(
         if not described.derived:
             tensors = {**tensors, **_derive(path, described, placements)}
         unpacked = unpack(placements, tensors, known, path=str(path))
-        values = {p.path: _owned(p, unpacked[p.path], dtype) for p in placements}
+        values = {p.path: own_values(p, unpacked[p.path], dtype) for p in placements}
         refuse_overflow(flat(values))
 
         # 4. onto the model
         modules.update((placement.path, placement.module) for placement in placements)
         state = _state(name, described, variants)
-        open_model(root, find_layers(list(named_modules(root))))
-        install(root, state, placements, values)
-        adapter = Adapter(root, state, modules)
+        adapter = put_on(root, placements, values, state)
         CHANGING.release()
         return adapter
     except BaseException:
@@ -129,10 +144,20 @@ def load(
         raise
 
 
+def _is_of_another_format(path: object) -> bool:
+    """Whether there is something at a path that is not a file of lora-lite's own format."""
+    if not isinstance(path, str | os.PathLike):
+        return False
+    try:
+        return os.path.exists(path) and not is_own_file(Path(path))
+    except ValueError:  # a null byte, which no path has
+        return False
+
+
 def _state(name: str, described: Metadata, variants: Mapping[str, Variant]) -> AdapterState:
     return AdapterState(
         name,
-        Recipe(_first_of_each_class(variants.values())),
+        Recipe(first_of_each_class(variants.values())),
         described.seed,
         described.scale,
         described.uses_base,
@@ -236,39 +261,6 @@ def _made(path: FilePath, cls: type[Variant], fields: str) -> Variant:
 # --- 2. where it goes
 
 
-def _first_of_each_class(variants: Iterable[Variant]) -> tuple[Variant, ...]:
-    """What was asked for, as far as a file tells: overrides and specialisation come from one."""
-    firsts: dict[str, Variant] = {}
-    for variant in variants:
-        firsts.setdefault(variant.name, variant)
-    return tuple(firsts.values())
-
-
-def _placements(
-    path: FilePath, root: nn.Module, variants: Mapping[str, Variant]
-) -> tuple[Placement, ...]:
-    modules = dict(named_modules(root))
-    refuse_missing(path, root, variants, modules)
-    kinds = {where: kind_for(modules[where], variant) for where, variant in variants.items()}
-    other = [w for w, kind in kinds.items() if kind is None and not looks_linear(modules[w])]
-    if other:
-        raise AdapterFileError(
-            f"{path} adapts {len(other)} modules that are no linear layers in this model",
-            details=[f"{where!r}: {class_name(modules[where])}" for where in other],
-            fix="Load the model that the adapter was made for",
-            path=str(path),
-        )
-    try:
-        return place((w, modules[w], kinds[w], variant) for w, variant in variants.items())
-    except MisfitError as error:
-        raise AdapterFileError(
-            f"{path} does not fit the layers of this model",
-            details=error.details,
-            fix="Load the model that the adapter was made for",
-            path=str(path),
-        ) from error
-
-
 def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement, ...]) -> None:
     sites = {p.path: p.site for p in placements if not p.variant.replaces_weights}
     unknown = [where for where in sites if where not in described.fingerprint]
@@ -335,12 +327,3 @@ def _derive(
 
 def _agrees(described: Metadata, key: str, value: Tensor) -> bool:
     return key in described.probes and probe_agrees(value, described.probes[key])
-
-
-def _owned(placement: Placement, values: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of one layer in memory of their own; the trainable ones in `dtype`."""
-    dtypes = {
-        name: dtype if spec.trainable and spec.dtype is None else None
-        for name, spec in placement.specs.items()
-    }
-    return own_copies(placement, values, dtypes)

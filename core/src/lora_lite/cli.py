@@ -1,4 +1,4 @@
-"""The command `lora-lite`: variants, plan, inspect, new, conform.
+"""The command `lora-lite`: variants, plan, inspect, export, import, new, conform.
 
 Each command is one function that gives its arguments to the parser, and one that runs it and
 returns what is printed.
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_lite import fileformat
+from lora_lite.cli_convert import export_adapter, export_arguments, import_adapter, import_arguments
 from lora_lite.errors import LoraLiteError, printable
 from lora_lite.fields import make_variant
 from lora_lite.metadata import Metadata
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _inspect_arguments(
         command("inspect", _inspect, "show what a file holds, without its plugin or a model")
+    )
+    export_arguments(
+        command("export", _export, "write an adapter in another format, such as a folder of PEFT")
+    )
+    import_arguments(
+        command("import", import_adapter, "write an adapter of another format as a file of ours")
     )
     _new_arguments(
         command("new", _new, "write the package of a new variant: code, tests, CI, licence")
@@ -136,7 +143,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     """`r=8` as ("r", 8): a JSON value if it is one, else text."""
     field, separator, value = text.partition("=")
     if not separator:
-        raise LoraLiteError(f"--set {text} is not FIELD=VALUE, such as --set r=8")
+        raise LoraLiteError(f"--set {text} is not a name=value, such as --set r=8")
     try:
         return field, json.loads(value)
     except json.JSONDecodeError:
@@ -189,6 +196,13 @@ def _configuration_lines(described: Metadata) -> list[str]:
         lines.append(f"fields       {configuration.fields}")
         lines += [f"  {path}" for path, index in described.sites.items() if index == number]
     return lines
+
+
+# --- export, import
+
+
+def _export(options: argparse.Namespace) -> str:
+    return export_adapter(options, dict(_assignment(text) for text in options.set))
 
 
 # --- new, conform

@@ -1,11 +1,20 @@
-"""A path that is not an adapter's file: what a user most likely has there, and what to do."""
+"""A path that is not an adapter's file: what a user most likely has there, and what to do.
+
+Formats that plugins read are recognised by their plugins; what is said here is for those that are
+not installed.
+"""
 
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+# The key of an adapter's own metadata in the header of its file.
+OWN_KEY = "lora_lite"
 PEFT_CONFIG = "adapter_config.json"
+PEFT = "It is an adapter of Hugging Face PEFT. To read it: pip install lora-lite-peft"
+GGUF_MAGIC = b"GGUF"
 TRAINER_STATE = "trainer_state.json"
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 LONGEST_HEADER = 10_000_000
@@ -21,7 +30,7 @@ def explain(path: str | os.PathLike[str]) -> str:
 
 def _explain_folder(folder: Path) -> str:
     if (folder / PEFT_CONFIG).exists():
-        return "It is an adapter of Hugging Face PEFT, which lora-lite-core does not read"
+        return PEFT
     if (folder / TRAINER_STATE).exists():
         return (
             "It is a checkpoint of a Trainer. Attach the adapter as it was attached for training, "
@@ -38,10 +47,12 @@ def _explain_folder(folder: Path) -> str:
 
 def _explain_file(path: Path) -> str:
     if path.name == "adapter_model.safetensors" or (path.parent / PEFT_CONFIG).exists():
-        return "It is an adapter of Hugging Face PEFT, which lora-lite-core does not read"
+        return PEFT
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return "It looks like a pickle of torch.save, which is never read. Use adapter.save(path)"
-    names = _tensor_names(path)
+    if _starts_with(path, GGUF_MAGIC):
+        return "It is a GGUF file of llama.cpp, which can be written but not read"
+    names = [name for name in _header(path) if name != "__metadata__"]
     if any(name.rpartition(".")[2].startswith("lora_") for name in names):
         return (
             "It is the state of a whole model with an adapter on it. Attach the adapter as it was "
@@ -52,13 +63,25 @@ def _explain_file(path: Path) -> str:
     return ""
 
 
-def _tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in a file of safetensors."""
+def is_own_file(path: Path) -> bool:
+    """Whether a path is a file that names lora-lite in its header, damaged or not."""
+    with suppress(OSError, ValueError):
+        return path.is_file() and OWN_KEY in _header(path).get("__metadata__", {})
+    return False
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a file of safetensors; empty if it is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= LONGEST_HEADER:
-            return []
+            return {}
         with suppress(ValueError, RecursionError):
             header = json.loads(file.read(length))
-            return [name for name in header if name != "__metadata__"]
-    return []
+            return header if isinstance(header, dict) else {}
+    return {}
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic

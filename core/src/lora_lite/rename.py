@@ -1,7 +1,7 @@
 """Other paths for the layers of a file: for another wrapper or another version of the model."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,19 +25,7 @@ def renamed(
     """
     if rename is None:
         return described, dict(tensors)
-    if not isinstance(rename, Mapping):
-        raise AdapterFileError(
-            f"rename={rename!r} is not a mapping",
-            expected="It is {regular expression: replacement}",
-            path=str(path),
-        )
-    for expression in rename:
-        _refuse_unmatched(path, expression, described.sites)
-    new_path = {where: _rewritten(where, rename) for where in described.sites}
-    if len(set(new_path.values())) < len(new_path):
-        raise AdapterFileError(
-            f"rename={rename!r} gives several layers of {path} the same path", path=str(path)
-        )
+    new_path = new_paths(path, list(described.sites), rename)
     changes = {
         "sites": {new_path[where]: index for where, index in described.sites.items()},
         "fingerprint": {new_path.get(p, p): value for p, value in described.fingerprint.items()},
@@ -45,6 +33,30 @@ def renamed(
     }
     new_tensors = {_new_key(key, new_path): value for key, value in tensors.items()}
     return described.model_copy(update=changes), new_tensors
+
+
+def new_paths(path: FilePath, paths: Collection[str], rename: Renaming) -> dict[str, str]:
+    """The path of each layer in this model, by its path in the file.
+
+    Raises:
+        AdapterFileError: `rename` is no mapping of replacements, or makes two paths one.
+    """
+    if rename is None:
+        return {where: where for where in paths}
+    if not isinstance(rename, Mapping):
+        raise AdapterFileError(
+            f"rename={rename!r} is not a mapping",
+            expected="It is {regular expression: replacement}",
+            path=str(path),
+        )
+    for expression in rename:
+        _refuse_unmatched(path, expression, paths)
+    new_path = {where: _rewritten(where, rename) for where in paths}
+    if len(set(new_path.values())) < len(new_path):
+        raise AdapterFileError(
+            f"rename={rename!r} gives several layers of {path} the same path", path=str(path)
+        )
+    return new_path
 
 
 def _refuse_unmatched(path: FilePath, expression: object, places: Iterable[str]) -> None:

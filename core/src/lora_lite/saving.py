@@ -1,17 +1,26 @@
-"""What an adapter's file says, and the checks before it is written.
+"""Saving an adapter: what its file says, and the checks before it is written.
 
 Whatever `load` would refuse is refused here first, and what the file cannot hold is said.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lite.adapter_state import derived_tensors
+from lora_lite.arguments import flag
+from lora_lite.base import Base
 from lora_lite.errors import AdapterFileError
 from lora_lite.fileformat import DTYPES, FilePath, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
+from lora_lite.format_plugins import format_named
+from lora_lite.formats import refuse_unknown_options
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.magnitudes import not_finite
@@ -29,6 +38,52 @@ from lora_lite.registry import registry_of
 from lora_lite.site import Site
 from lora_lite.statistics import changed_statistics
 from lora_lite.variant import Variant
+
+if TYPE_CHECKING:
+    from lora_lite.adapter import Adapter
+
+
+def save_adapter(
+    path: FilePath, adapter: Adapter, derived: bool, options: Mapping[str, Any]
+) -> None:
+    """Write an adapter's file. See `Adapter.save`."""
+    if options:
+        raise AdapterFileError(
+            f"lora-lite's own file has no options to take: {', '.join(map(repr, options))}",
+            fix="Options are for other formats, such as format='peft'",
+            path=str(path),
+        )
+    left_out = {} if flag(derived, "derived") else derived_tensors(adapter)
+    if not derived and not left_out:
+        raise AdapterFileError(
+            f"derived=False: nothing of {adapter._state.recipe} is derived from the base alone",
+            fix="Leave derived= out",
+            path=str(path),
+        )
+    tensors = adapter.state_dict(derived)
+    sites = {site.path: site for _, site, _ in adapter._each()}
+    write_adapter(path, adapter._root, adapter._state, sites, tensors, left_out)
+
+
+def write_format(
+    path: FilePath, adapter: Adapter, name: str, derived: bool, options: Mapping[str, Any]
+) -> None:
+    """Write an adapter in another format than lora-lite's own. See `Adapter.save`."""
+    chosen = format_named(name)
+    refuse_unknown_options(chosen, options)
+    if not derived:
+        raise AdapterFileError(
+            f"derived=False is for lora-lite's own file, and not for format {name!r}",
+            fix="Leave derived= out",
+            path=str(path),
+        )
+    adapter.verify()
+    try:
+        chosen.write(adapter, Base(path, adapter._root), Path(path), **options)
+    except OSError as error:
+        raise AdapterFileError(
+            f"{path} cannot be written: {error.strerror or error}", path=str(path)
+        ) from error
 
 
 def write_adapter(

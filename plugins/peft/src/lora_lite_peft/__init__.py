@@ -1,0 +1,5 @@
+"""Folders of Hugging Face PEFT as a format of lora-lite."""
+
+from lora_lite_peft.peft import Peft
+
+__all__ = ["Peft"]

@@ -1,0 +1,125 @@
+"""The two files of a folder of PEFT."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from lora_lite import AdapterFileError
+from lora_lite.atomic import write_atomically
+from safetensors.torch import load, save
+from torch import Tensor
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+# What PEFT puts before the path of a module in the names of its tensors.
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder is to hold.
+
+    Attributes:
+        config: the contents of `adapter_config.json`.
+        tensors: by PEFT's names.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def write_folder(path: Path, folder: Folder) -> None:
+    """Write both files, the config last: without it nobody takes the folder for an adapter.
+
+    A folder that was made for them is removed again if they cannot be written.
+
+    Raises:
+        AdapterFileError: they cannot be written.
+    """
+    config = json.dumps(folder.config, indent=2, sort_keys=True).encode()
+    contents = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in folder.tensors.items()
+    }
+    tensors = save(contents, {"format": "pt"})
+    is_new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG).unlink(missing_ok=True)
+        write_atomically(path / TENSORS, tensors)
+        write_atomically(path / CONFIG, config)
+    except OSError as error:
+        if is_new and path.is_dir():
+            (path / TENSORS).unlink(missing_ok=True)
+            path.rmdir()
+        raise AdapterFileError(
+            f"{path} cannot be written: {error.strerror or error}", path=str(path)
+        ) from error
+
+
+def folder_of(path: Path) -> Path:
+    """The folder, from its own path or that of one of its files."""
+    return path if path.is_dir() else path.parent
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder.
+
+    Raises:
+        AdapterFileError: there is none, or it is not a JSON object.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise AdapterFileError(
+            f"{folder} has no {CONFIG}",
+            expected="Without it nobody knows the scale of the adapter",
+            fix="Copy it from where the adapter was trained",
+            path=str(folder),
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}", path=str(file)) from None
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{file} does not hold a JSON object", path=str(file))
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder, by their names without PEFT's prefix.
+
+    Raises:
+        AdapterFileError: there are none that can be read, or names without the prefix.
+    """
+    file = folder / TENSORS
+    if not file.is_file():
+        pickle = f", but {PICKLE}, a pickle, which is never read" if _has_pickle(folder) else ""
+        raise AdapterFileError(
+            f"{folder} has no {TENSORS}{pickle}",
+            fix="Save it with safetensors: PeftModel.from_pretrained(...).save_pretrained(folder)"
+            if pickle
+            else "Copy it from where the adapter was trained",
+            path=str(folder),
+        )
+    try:
+        # Copies, since the file's own memory is not aligned.
+        tensors = {name: tensor.clone() for name, tensor in load(file.read_bytes()).items()}
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}", path=str(file)) from None
+    strange = [name for name in tensors if not name.startswith(PREFIX)]
+    if strange:
+        raise AdapterFileError(
+            f"{file} has {len(strange)} tensors whose names are not those of a PeftModel",
+            details=strange,
+            expected=f"They begin with {PREFIX!r}",
+            path=str(file),
+            tensors=strange,
+        )
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _has_pickle(folder: Path) -> bool:
+    return (folder / PICKLE).is_file()

@@ -1,0 +1,206 @@
+"""DoRA, IA3, HRA, RoAd and DeLoRA as PEFT's own types; LoRA with its own ranks and scales.
+
+    here                              PEFT
+    lora, eva: A, B                   LORA: lora_A, lora_B
+    dora: A, B, m = n₀ + dm           LORA with use_dora: lora_magnitude_vector = m
+    ia3, ia3_ff: e                    IA3: ia3_l = 1 + e
+    hra: U (r, d_in)                  HRA: hra_u = Uᵀ
+    road: θ, α - 1                    ROAD: road_theta, road_alpha
+    delora: A, B, λ - λ₀, w           DELORA: delora_A, delora_B, delora_lambda, delora_w_norm
+
+A method without a type of its own is written as plain LoRA.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from lora_lite import Adapter, AdapterError
+from lora_lite.author import Base
+from torch import Tensor
+
+from lora_lite_peft.config import common
+from lora_lite_peft.files import PREFIX, Folder
+from lora_lite_peft.plain_lora import (
+    LORA_LIKE,
+    is_transposed,
+    lora_config,
+    own_factors,
+    plain_folder,
+)
+
+Writer = Callable[[Adapter, Base], Folder]
+
+
+def native_folder(adapter: Adapter, base: Base) -> Folder:
+    """An adapter as PEFT's own type.
+
+    Raises:
+        AdapterError: its layers need several types, or it has values that the type does not allow.
+    """
+    names = {variant.name for variant in adapter.sites.values()}
+    for theirs, writer in WRITERS.items():
+        if names <= set(theirs):
+            return writer(adapter, base)
+    known = {name for theirs in WRITERS for name in theirs}
+    if names & known:
+        raise AdapterError(
+            f"a folder of PEFT has one type, and the adapter has {', '.join(sorted(names))}",
+            fix="Attach and save them as adapters of their own",
+            adapter=adapter.name,
+        )
+    return plain_folder(adapter, base, None)
+
+
+def _lora(adapter: Adapter, base: Base) -> Folder:
+    factors = own_factors(adapter)
+    config = _lora_config(adapter, base)
+    tensors: dict[str, Tensor] = {}
+    for path, each in factors.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = each.A
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = each.B
+    return Folder(config, tensors)
+
+
+def _dora(adapter: Adapter, base: Base) -> Folder:
+    state = adapter.state_dict()
+    _refuse_scaled(adapter)
+    tensors: dict[str, Tensor] = {}
+    for path in adapter.sites:
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = state[f"{path}.A"]
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = state[f"{path}.B"]
+        magnitude = state[f"{path}.n0"].double() + state[f"{path}.dm"].double()
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude.to(state[f"{path}.dm"].dtype)
+    return Folder({**_lora_config(adapter, base), "use_dora": True}, tensors)
+
+
+def _lora_config(adapter: Adapter, base: Base) -> dict[str, Any]:
+    """The most frequent rank and alpha, and patterns for the layers that have others."""
+    fields: dict[str, Any] = dict(adapter.sites)
+    _one_of_each(adapter, "rslora")
+    r = Counter(variant.r for variant in fields.values()).most_common(1)[0][0]
+    alpha = Counter(variant.alpha for variant in fields.values()).most_common(1)[0][0]
+    config = lora_config(base, list(fields), r, alpha * adapter.scale)
+    dropouts = {variant.dropout for variant in fields.values()}
+    return {
+        **config,
+        "lora_dropout": max(dropouts),
+        "use_rslora": next(iter(fields.values())).rslora,
+        "rank_pattern": {_exactly(p): v.r for p, v in fields.items() if v.r != r},
+        "alpha_pattern": {
+            _exactly(p): v.alpha * adapter.scale for p, v in fields.items() if v.alpha != alpha
+        },
+    }
+
+
+def _exactly(path: str) -> str:
+    """A pattern for one path: PEFT looks for patterns at the end of paths."""
+    return f"^{re.escape(path)}"
+
+
+def _ia3(adapter: Adapter, base: Base) -> Folder:
+    state = adapter.state_dict()
+    tensors: dict[str, Tensor] = {}
+    feed_forward: list[str] = []
+    for path, variant in adapter.sites.items():
+        e = state[f"{path}.e"]
+        gate = (1 + adapter.scale * e.double()).to(e.dtype)
+        if variant.name == "ia3_ff":
+            feed_forward.append(path)
+            tensors[f"{PREFIX}{path}.ia3_l"] = gate[None]
+        else:
+            tensors[f"{PREFIX}{path}.ia3_l"] = gate[:, None]
+    paths = list(adapter.sites)
+    return Folder(
+        {
+            **common(base, paths),
+            "peft_type": "IA3",
+            "feedforward_modules": feed_forward,
+            "fan_in_fan_out": is_transposed(base, paths),
+            "init_ia3_weights": True,
+        },
+        tensors,
+    )
+
+
+def _hra(adapter: Adapter, base: Base) -> Folder:
+    state = adapter.state_dict()
+    _refuse_scaled(adapter)
+    r = _one_of_each(adapter, "r")
+    paths = list(adapter.sites)
+    return Folder(
+        {**common(base, paths), "peft_type": "HRA", "r": r, "apply_GS": False, "bias": "none"},
+        {f"{PREFIX}{path}.hra_u": state[f"{path}.U"].T for path in paths},
+    )
+
+
+def _road(adapter: Adapter, base: Base) -> Folder:
+    state = adapter.state_dict()
+    _refuse_scaled(adapter)
+    sharing, group_size = _one_of_each(adapter, "sharing"), _one_of_each(adapter, "group_size")
+    tensors: dict[str, Tensor] = {}
+    for path in adapter.sites:
+        offset = state[f"{path}.alpha_offset"]
+        tensors[f"{PREFIX}{path}.road_theta"] = state[f"{path}.theta"]
+        tensors[f"{PREFIX}{path}.road_alpha"] = (1 + offset.double()).to(offset.dtype)
+    config = {"peft_type": "ROAD", "variant": sharing, "group_size": group_size}
+    return Folder({**common(base, list(adapter.sites)), **config}, tensors)
+
+
+def _delora(adapter: Adapter, base: Base) -> Folder:
+    state = adapter.state_dict()
+    if _one_of_each(adapter, "start") != "zero_b":
+        return plain_folder(adapter, base, None)
+    fields: dict[str, Any] = dict(adapter.sites)
+    tensors: dict[str, Tensor] = {}
+    for path, variant in fields.items():
+        a, offset = state[f"{path}.A"], state[f"{path}.lambda_offset"]
+        strength = adapter.scale * (variant.strength + offset.double())
+        tensors[f"{PREFIX}{path}.delora_A"] = a
+        tensors[f"{PREFIX}{path}.delora_B"] = state[f"{path}.B"]
+        tensors[f"{PREFIX}{path}.delora_lambda"] = strength.to(offset.dtype)
+        tensors[f"{PREFIX}{path}.delora_w_norm"] = state[f"{path}.w"].expand(a.shape[1])
+    r = Counter(variant.r for variant in fields.values()).most_common(1)[0][0]
+    first = next(iter(fields.values())).strength
+    config = {
+        "peft_type": "DELORA",
+        "r": r,
+        "delora_lambda": first,
+        "bias": "none",
+        "rank_pattern": {_exactly(p): v.r for p, v in fields.items() if v.r != r},
+        "lambda_pattern": {},
+    }
+    return Folder({**common(base, list(fields)), **config}, tensors)
+
+
+def _refuse_scaled(adapter: Adapter) -> None:
+    if adapter.scale != 1:
+        raise AdapterError(
+            f"adapter {adapter.name!r} has scale {adapter.scale:g}, and PEFT's own type has none",
+            fix='Set scale = 1, or write format="merged"',
+            adapter=adapter.name,
+        )
+
+
+def _one_of_each(adapter: Adapter, field: str) -> Any:
+    """The value of a field that must be the same at every layer."""
+    values = {getattr(variant, field) for variant in adapter.sites.values()}
+    if len(values) > 1:
+        raise AdapterError(
+            f"the layers have different values of {field}: {', '.join(map(repr, sorted(values)))}",
+            expected="PEFT's own type has one for all layers",
+            fix="Leave native=True out",
+            adapter=adapter.name,
+        )
+    return values.pop()
+
+
+WRITERS: dict[tuple[str, ...], Writer] = {
+    LORA_LIKE: _lora,
+    ("dora",): _dora,
+    ("ia3", "ia3_ff"): _ia3,
+    ("hra",): _hra,
+    ("road",): _road,
+    ("delora",): _delora,
+}

@@ -22,7 +22,7 @@ LOW_RANK: list[Case] = [
     ("lora", {"r": 3, "alpha": 5.0, "rslora": True, "dropout": 0.5}, 3),
     ("eva", {"r": 3}, 3),
     ("pissa", {"r": 3}, 6),
-    ("delora", {"r": 3}, 3),
+    ("delora", {"r": 3, "start": "zero_b"}, 3),
     ("delora", {"r": 3, "start": "subtract", "norm": "scalar"}, 6),
     ("lora_xs", {"r": 3, "alpha": 2.0}, 3),
     ("hra", {"r": 4}, 4),

@@ -227,11 +227,12 @@ def test_a_pattern_that_means_experts_gets_the_true_reason(
 
 @pytest.mark.parametrize(("pattern", "kind"), [("conv", "Conv1d"), ("embed", "Embedding")])
 def test_layers_of_other_kinds_are_named(untouched: Untouched, pattern: str, kind: str) -> None:
-    """Promise: a pattern that hits a convolution or an embedding is told what it hit."""
+    """Promise: a pattern that hits a convolution or an embedding that no adapter fits is told what
+    it hit."""
     model = nn.ModuleDict(
         {
-            "embed": nn.Embedding(5, 8),
-            "conv": nn.Conv1d(8, 8, 3),
+            "embed": nn.Embedding(5, 8, max_norm=1.0),
+            "conv": nn.Conv1d(8, 8, 3, groups=2),
             "layers": nn.ModuleList([nn.Linear(8, 8)]),
         }
     )
@@ -590,9 +591,12 @@ def test_a_plain_state_dict(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_checkpoint_of_peft(tiny_llama: Make, untouched: Untouched, tmp_path: Path) -> None:
-    """Promise: a folder or a file of PEFT is called that."""
+def test_a_checkpoint_of_peft(
+    tiny_llama: Make, untouched: Untouched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: a folder or a file of PEFT is called that where no plugin is there to read it."""
     peft = pytest.importorskip("peft")
+    monkeypatch.setattr("lora_lite.format_plugins._entry_points", dict)
     peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path / "peft"
     )

@@ -197,7 +197,7 @@ def test_restore_that_is_interrupted_changes_nothing(
             raise KeyboardInterrupt
         target.copy_(values)
 
-    monkeypatch.setattr("lora_lite.adapter.overwrite", interrupted)
+    monkeypatch.setattr("lora_lite.adapter_state.overwrite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapter.restore(tmp_path / "file")
     assert same(state(adapter), before)

@@ -181,7 +181,8 @@ def _by_name(classes: Classes) -> dict[str, type[Variant]]:
     if classes is None:
         return {}
     given = [classes] if isinstance(classes, type) else classes
-    found = listed(given) or [given]
+    several = listed(given)
+    found = [given] if several is None else several
     for cls in found:
         if not (isinstance(cls, type) and issubclass(cls, Variant)):
             raise FieldError(

@@ -47,7 +47,7 @@ def parameter_groups(
 
 
 def _group(parameters: list[nn.Parameter], weight_decay: float, lr: float | None) -> dict[str, Any]:
-    group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay}
+    group: dict[str, Any] = {"params": parameters, "weight_decay": float(weight_decay)}
     if lr is not None:
         group["lr"] = lr
     return group

@@ -41,14 +41,18 @@ def two_processes(folder: Path, mode: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "dpo-ddp", "dpo-fsdp"])
 def test_the_trainer_on_two_processes(tmp_path: Path, mode: str) -> None:
     """Losses, penalty and decay included, are those of one process on the same rows; checkpoints
-    hold no model; a resumed run ends in the same bits, on both processes alike.
+    hold no model; a resumed run ends in the same bits, on both processes alike. So it is with DPO,
+    whose reference is the policy itself.
     """
+    if mode.startswith("dpo"):
+        pytest.importorskip("trl")
     two_processes(tmp_path, mode)
     here = worker()
-    alone, adapter = here.trained(tmp_path / "alone", "alone")
+    run = here.compared if mode.startswith("dpo") else here.trained
+    alone, adapter = run(tmp_path / "alone", "alone")
     records = [torch.load(tmp_path / f"record{rank}") for rank in range(2)]
     for record in records:
         if record["whole"]:  # the first process logs
@@ -61,7 +65,7 @@ def test_the_trainer_on_two_processes(tmp_path: Path, mode: str) -> None:
     files = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
     assert "default.adapter.safetensors" in files
     assert not [name for name in files if name.startswith(("model", "pytorch_model"))]
-    assert ("optimizer.bin" in files) == (mode == "fsdp")  # it was sharded
+    assert ("optimizer.bin" in files) == mode.endswith("fsdp")  # it was sharded
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:

@@ -34,28 +34,59 @@ def tokens() -> Tensor:
     return torch.randint(2, 32, (ROWS, 8), generator=torch.Generator().manual_seed(0))
 
 
+def options(folder: Path, mode: str, block: str) -> dict[str, Any]:
+    """Of a run of four steps of four rows, whatever the number of processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    several: dict[str, Any] = {"ddp_backend": "gloo"} if world > 1 else {}
+    if mode.endswith("fsdp"):
+        wrap = {"version": 2, "transformer_layer_cls_to_wrap": [block]}
+        several |= {"fsdp": True, "fsdp_config": {"reshard_after_forward": True, **wrap}}
+    return {
+        "output_dir": str(folder), "per_device_train_batch_size": 4 // world, "max_steps": STEPS,
+        "save_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.1, "logging_steps": 1,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
+        "seed": 0, **several,
+    }  # fmt: skip
+
+
 def trained(folder: Path, mode: str, resume: str | None = None) -> tuple[Any, ll.Adapter]:
-    """Four steps of four rows with the Trainer, whatever the number of processes."""
+    """Four steps with the Trainer."""
     from transformers import Trainer, TrainingArguments
 
     model = tiny()
     adapter = ll.attach(model, "hra", r=2, reg=0.1, targets=r"down_proj$", seed=3)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    options: dict[str, Any] = {"ddp_backend": "gloo"} if world > 1 else {}
-    if mode == "fsdp":
-        wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        options |= {
-            "fsdp": True,
-            "fsdp_config": {"version": 2, "reshard_after_forward": True, **wrap},
-        }
-    args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4 // world, max_steps=STEPS,
-        save_steps=2, learning_rate=1e-2, weight_decay=0.1, logging_steps=1, report_to=[],
-        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, seed=0,
-        **options,
-    )  # fmt: skip
+    args = TrainingArguments(**options(folder, mode, "LlamaDecoderLayer"))
     rows = [{"input_ids": row, "labels": row} for row in tokens()]
     trainer = adapted(Trainer)(model, args=args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, adapter
+
+
+def compared(folder: Path, mode: str, resume: str | None = None) -> tuple[Any, ll.Adapter]:
+    """Four steps of DPO, from an adapter that was trained before."""
+    import datasets
+    import trl
+    from lora_lite_benchmark.tiny import MODEL_DIR
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    adapter = ll.attach(model, "lora", r=2, targets=r"down_proj$")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    rows = [
+        {"prompt": f"fact {i} is", "chosen": f" {i * 7 % 13}.", "rejected": " wrong."}
+        for i in range(8)
+    ]
+    changes = {"bf16": False, "activation_checkpointing": False}
+    args = trl.DPOConfig(**options(folder, mode, type(model.model.layers[0]).__name__), **changes)
+    trainer = adapted(trl.DPOTrainer)(
+        model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, adapter
 
@@ -66,9 +97,10 @@ def losses(trainer: Any) -> list[float]:
 
 def with_trainer(folder: Path, mode: str) -> None:
     """In one go, and resumed from the second step."""
-    whole, adapter = trained(folder, mode)
+    run = compared if mode.startswith("dpo") else trained
+    whole, adapter = run(folder, mode)
     record = {"whole": losses(whole), "state": adapter.state_dict()}
-    resumed, again = trained(folder, mode, str(folder / "checkpoint-2"))
+    resumed, again = run(folder, mode, str(folder / "checkpoint-2"))
     record |= {"resumed": losses(resumed), "resumed_state": again.state_dict()}
     torch.save(record, folder / f"record{dist.get_rank()}")
 
@@ -142,7 +174,7 @@ def main() -> None:
         dist.init_process_group("gloo")
         by_hand(folder)
     else:
-        if mode == "fsdp":
+        if mode.endswith("fsdp"):
             let_accelerate_shard_on_cpus()
         with_trainer(folder, mode)
     dist.barrier()

@@ -178,7 +178,7 @@ def test_models_that_cannot_carry_an_adapter(blocks: Make, refused: Refused) -> 
     with refused(None, ll.AdapterError, ("dict", "torch.nn.Module")):
         ll.attach({}, "lora")  # type: ignore[arg-type]
     relu = nn.ReLU()
-    with refused(relu, ll.TargetError, ("ReLU", "no linear layer"), argument="targets"):
+    with refused(relu, ll.TargetError, ("ReLU", "no layer"), argument="targets"):
         ll.attach(relu, "lora")
     flat = nn.Sequential(nn.Linear(3, 3))
     says = ("no repeated blocks", "0 x 1", "targets=")
@@ -456,7 +456,7 @@ FILES: list[tuple[Any, type[Exception], dict[str, Any], tuple[str, ...]]] = [
     (_newer_variant, ll.AdapterFileError, {}, ("format 7", "'lora'", "lora-lite-lora", "up to 1")),
     (_not_installed, ll.UnknownVariantError, {"plugin": "dreamt_up"}, ()),
     (_bad_field, ll.AdapterFileError, {}, ("'lora'", "ranks")),
-    (_rank_too_large, ll.MisfitError, {"layers": ("blocks.0.up",)}, ("200", "1 of 4 layers")),
+    (_rank_too_large, ll.AdapterFileError, {}, ("200", "blocks.0.up")),
     (_no_configuration, ll.AdapterFileError, {}, ("configuration",)),
     (_no_such_site, ll.AdapterFileError, {}, ("blocks.0.upp", "Did you mean 'blocks.0.up'")),
     (_no_site, ll.AdapterFileError, {}, ("sites",)),

@@ -64,7 +64,7 @@ def test_plan_needs_the_configuration_alone(
     [
         (["lroa"], ("'lroa'", "'lora'")),
         (["lora", "--set", "rank=3"], ("'lora'", "'rank'")),
-        (["lora", "--set", "r"], ("--set r ", "FIELD=VALUE")),
+        (["lora", "--set", "r"], ("--set r ", "name=value")),
         (["lora", "--set", "targets=q_proj"], ("'lora'", "'targets'")),
         (["antipasto", "--set", "rotate_basis=X"], ("rotate_basis='X'",)),
         (["lora", "--targets", "nowhere"], ("targets='nowhere'", "q_proj x 2")),
@@ -100,7 +100,7 @@ def test_inspect(blocks: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["inspect", str(tmp_path / "full")]) == 0
     out = capsys.readouterr().out
     for text in (
-        "antipasto (format 1)",
+        "antipasto (format 2)",
         "lora-lite-antipasto",
         "7, 0.5",
         "in the file",

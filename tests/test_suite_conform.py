@@ -115,7 +115,7 @@ def test_a_new_promise() -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("lroa", "there is no variant 'lroa'. .*Did you mean"),
+        ("lroa", "there is no variant 'lroa'"),
         ("no_such_module:Centred", "No module named 'no_such_module'"),
         ("my_centred:Missing", "has no attribute 'Missing'"),
         (

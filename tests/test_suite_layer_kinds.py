@@ -88,7 +88,7 @@ def caught_by(test: str, told: str) -> Callable[[type[LayerKind]], type[LayerKin
     return register
 
 
-@caught_by("recognises_its_layers_and_no_others", "a subclass of .*Coded.* with its own forward")
+@caught_by("recognises_its_layers_and_no_others", "a subclass of .*Coded.*, with another forward")
 class TakesSubclasses(Sound):
     def matches(self, module):
         return isinstance(module, Coded)

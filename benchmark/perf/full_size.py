@@ -21,6 +21,7 @@ from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.data import Batch
 from lora_lite_benchmark.evaluate import nats
 from lora_lite_benchmark.preset import Preset, resolve
+from lora_lite_benchmark.variants import compared_variants
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
@@ -61,7 +62,7 @@ def arguments(config: RunConfig) -> dict[str, Any]:
 def plans() -> dict[str, ll.Plan]:
     """What each installed variant's row of the preset would cost."""
     preset, model = Preset.load(PRESET), empty_model()
-    configs = {name: resolve(preset, name) for name in sorted(ll.variants())}
+    configs = {name: resolve(preset, name) for name in compared_variants()}
     return {name: ll.plan(model, name, **arguments(config)) for name, config in configs.items()}
 
 

@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lora_lite as ll
-
 from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, RunConfig, Source
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.preset import ALL, Preset, parse_assignment, preset_names, resolve
+from lora_lite_benchmark.variants import compared_variants
 
 __all__ = ["add_run_options", "plan"]
 
@@ -120,7 +119,7 @@ def _rows(options: argparse.Namespace, preset: Preset) -> list[str]:
     """The names of the rows, with `all` spelt out."""
     rows: list[str] = []
     for name in options.variants or preset.rows:
-        rows += sorted(ll.variants()) if name == ALL else [name]
+        rows += compared_variants() if name == ALL else [name]
     if not rows:
         raise BenchmarkError(
             "no variant is installed",

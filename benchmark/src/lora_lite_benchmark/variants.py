@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import lora_lite as ll
 import torch
 from lora_lite.fields import make_variant
+from lora_lite.plugins import variant_class
 from torch import Tensor, nn
 
 from lora_lite_benchmark.config import RunConfig
@@ -17,11 +18,21 @@ from lora_lite_benchmark.full import BaseModel, FullModel
 __all__ = [
     "AnyAdapter",
     "attach_adapter",
+    "compared_variants",
     "distribution",
     "load_adapter",
     "recommended_lr",
     "resolved_fields",
 ]
+
+
+def compared_variants() -> list[str]:
+    """The installed variants that a benchmark compares.
+
+    Those that train a layer's own weights are left out: the row `full` trains all of them.
+    """
+    return [name for name in sorted(ll.variants()) if not variant_class(name).replaces_weights]
+
 
 WITHOUT_ADAPTER: dict[str, type[FullModel]] = {"base": BaseModel, "full": FullModel}
 """What stands in for the adapter in the rows that have none."""

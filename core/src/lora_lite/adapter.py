@@ -84,8 +84,7 @@ class Adapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters."""
-        for _, parameter in self.named_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters, as (`path.tensor`, parameter)."""

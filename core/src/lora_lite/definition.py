@@ -1,6 +1,6 @@
 """Mistakes in the definition of a variant class, found when Python makes the class.
 
-1. `VariantMeta` turns pydantic's complaints about a class into a `VariantDefinitionError`.
+1. `VariantMeta` makes instances, from numpy's numbers as well.
 2. `check_fields` checks the names of its fields.
 3. `check_definition` checks its name, its class variables and its methods.
 """
@@ -11,10 +11,10 @@ import difflib
 import inspect
 import math
 import re
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
-from pydantic.errors import PydanticUserError
 
 from lora_lite.arguments import plain_numbers
 from lora_lite.errors import VariantDefinitionError
@@ -31,26 +31,20 @@ ATTACH_ARGUMENTS = frozenset(
     {"name", "targets", "exclude", "layers", "overrides", "calibration", "dtype", "seed"}
 )
 IDENTITIES = ("exact", "rounding", "none")
+# Types of values that an author may write without an annotation.
+PLAIN_VALUES = (bool, int, float, str, tuple, list, dict, set, frozenset, NoneType)
 SCALED_METHODS = ("prepare", "delta_input", "delta_output")
 
 
-# --- 1. what pydantic complains about
+# --- 1. instances
 
 
 class VariantMeta(ModelMetaclass):
-    """Makes variant classes; a class that pydantic refuses is a `VariantDefinitionError`."""
+    """Makes variants."""
 
     def __call__(cls, /, *args: Any, **fields: Any) -> Any:  # noqa: N805 (of a metaclass)
         """An instance; numbers of numpy are taken as Python's."""
         return super().__call__(*args, **plain_numbers(fields))
-
-    def __new__(mcs, class_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__new__(mcs, class_name, *args, **kwargs)
-        except PydanticUserError as error:
-            raise VariantDefinitionError(
-                f"{class_name} cannot be made: {error.message}", class_name=class_name
-            ) from None
 
 
 # --- 2. fields
@@ -93,6 +87,7 @@ def check_definition(cls: type[Variant], contract: type[Variant]) -> None:
         VariantDefinitionError: something is written against the contract.
     """
     _check_name(cls)
+    _check_annotations(cls, contract)
     _check_class_variables(cls)
     _check_spelling(cls, contract)
     _check_scale(cls)
@@ -108,6 +103,20 @@ def _check_name(cls: type[Variant]) -> None:
     generic = cls.__pydantic_generic_metadata__
     if generic["origin"] or generic["parameters"]:
         raise _error(cls, "a variant cannot be generic", expected="Generic models do not pickle")
+
+
+def _check_annotations(cls: type[Variant], contract: type[Variant]) -> None:
+    """A value without an annotation is no field, although its author may think so."""
+    annotated = inspect.get_annotations(cls)
+    for name, value in vars(cls).items():
+        is_value = isinstance(value, PLAIN_VALUES) and not name.startswith("_")
+        if is_value and name not in annotated and not hasattr(contract, name):
+            raise _error(
+                cls,
+                f"{name} = {value!r} has no annotation",
+                fix=f"Write `{name}: {type(value).__name__} = {value!r}` for a field, or annotate "
+                "it as a ClassVar",
+            )
 
 
 def _check_class_variables(cls: type[Variant]) -> None:

@@ -10,7 +10,6 @@ by `remove`: every step looks at the model rather than at what it believes to ha
 repeated.
 """
 
-import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lora_lite.compiled import forget_compiled, look_at_hooks
 from lora_lite.errors import AdapterError
 from lora_lite.find import Layer
 from lora_lite.hooked import hook_layer, hooks_of, unhook
@@ -73,6 +73,11 @@ class Registry:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.flags = WeakIdKeyDictionary()
+
+    def before_forward(self, root: nn.Module, args: Any) -> None:
+        """The root's forward pre-hook: parts of the model may have been compiled since attach."""
+        if not torch.compiler.is_compiling():
+            look_at_hooks()
 
     def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         """The root's forward hook: a first training forward shows which layers are not called."""
@@ -144,6 +149,7 @@ def open_model(root: nn.Module, layers: Iterable[Layer]) -> Registry:
         registry = Registry(root)
         root.__dict__[KEY] = registry
         root.requires_grad_(False)
+        root.register_forward_pre_hook(registry.before_forward)
         root.register_forward_hook(registry.after_forward)
         root.register_state_dict_pre_hook(registry.before_state_dict)  # type: ignore[no-untyped-call]
         root.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
@@ -179,7 +185,7 @@ def install(
             module.register_parameter(key, tensor)
         hook_layer(module).add(attachment)
     add_marker(placements[0].module, state)
-    _forget_compiled()
+    forget_compiled()
 
 
 def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
@@ -204,7 +210,7 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
         if not registry.adapters:
             _close_model(root, registry, now)
     state.attachments = {}
-    _forget_compiled()
+    forget_compiled()
 
 
 def take_off(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
@@ -281,10 +287,3 @@ def _close_model(root: nn.Module, registry: Registry, modules: Mapping[str, nn.M
     root.__dict__.pop(KEY, None)
     if failures:
         raise failures[0]
-
-
-def _forget_compiled() -> None:
-    """Let torch.compile compile again: what it has compiled does not look for new hooks."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()

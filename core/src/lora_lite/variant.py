@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lora_lite.definition import VariantMeta, check_definition, check_fields
+from lora_lite.definition import PLAIN_VALUES, VariantMeta, check_definition, check_fields
 from lora_lite.errors import AdapterFileError
 from lora_lite.hookspecs import hookimpl
 from lora_lite.site import Site
@@ -64,6 +64,7 @@ class Variant(BaseModel, metaclass=VariantMeta):
         strict=True,
         validate_default=True,
         ser_json_inf_nan="constants",
+        ignored_types=PLAIN_VALUES,  # `check_definition` looks at them
     )
 
     name: ClassVar[str] = ""

@@ -182,7 +182,7 @@ def _by_name(classes: Classes) -> dict[str, type[Variant]]:
         return {}
     given = [classes] if isinstance(classes, type) else classes
     several = listed(given)
-    found = [given] if several is None else several
+    found: list[Any] = [given] if several is None else several
     for cls in found:
         if not (isinstance(cls, type) and issubclass(cls, Variant)):
             raise FieldError(

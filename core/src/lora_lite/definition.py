@@ -44,6 +44,10 @@ class VariantMeta(ModelMetaclass):
 
     def __call__(cls, /, *args: Any, **fields: Any) -> Any:  # noqa: N805 (of a metaclass)
         """An instance; numbers of numpy are taken as Python's."""
+        model: Any = cls
+        if not model.__pydantic_complete__:
+            # Annotations may have names of the caller's, whose frame is the third from there.
+            model.model_rebuild(raise_errors=False, _parent_namespace_depth=3)
         return super().__call__(*args, **plain_numbers(fields))
 
 

@@ -112,7 +112,7 @@ def attach(
         modules.update((placement.path, placement.module) for placement in chosen.placements)
         state = AdapterState(name, chosen.recipe, seed_number(seed))
         pass_over_data = Calibration(root, chosen.placements, _states(root).values())
-        check_data(chosen.placements, bool(pass_over_data.observers), calibration)
+        check_data(chosen.placements, pass_over_data.observers.keys(), calibration)
         registry = open_model(root, chosen._layers)
         statistics = pass_over_data.run(calibration)
         placements = _specialized(chosen.placements, statistics)

@@ -1,6 +1,6 @@
 """One pass of calibration data, streamed to every site's observer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,24 +140,27 @@ class _Watch:
         self.calibration.observers[self.path].update(x_rows, y_rows)
 
 
-def check_data(variants: Sequence[Placement], observed: bool, batches: object) -> None:
+def check_data(placements: Sequence[Placement], observed: Collection[str], batches: object) -> None:
     """Check the argument `calibration=`.
 
     Args:
-        variants: what is attached.
-        observed: whether any of them needs data.
+        placements: what is attached.
+        observed: the paths of the layers whose variants need data.
         batches: as given.
 
     Raises:
         CalibrationError: it is missing, not needed, or no iterable of batches.
     """
-    names = ", ".join(sorted({placement.variant.name for placement in variants}))
+    names = ", ".join(sorted({placement.variant.name for placement in placements}))
+    in_need = dict.fromkeys(str(p.variant) for p in placements if p.path in observed)
     if not observed and batches is not None:
         raise CalibrationError(
             f"{names} needs no calibration data with these fields", fix="Leave calibration= out"
         )
     if observed and batches is None:
-        raise CalibrationError(f"{names} needs calibration data", fix=f"Give calibration= {DATA}")
+        raise CalibrationError(
+            f"{' and '.join(in_need)} needs calibration data", fix=f"Give calibration= {DATA}"
+        )
     is_one_batch = isinstance(batches, Mapping | Tensor | str | bytes)
     if observed and (is_one_batch or not isinstance(batches, Iterable)):
         raise CalibrationError(

@@ -239,7 +239,7 @@ def test_missing_data_is_asked_for(untouched: Callable[..., Any]) -> None:
     model = Masked()
     with (
         untouched(model),
-        pytest.raises(ll.CalibrationError, match="needs calibration data: give calibration="),
+        pytest.raises(ll.CalibrationError, match=r"needs calibration data\. Give calibration="),
     ):
         ll.attach(model, "eva", targets="layer")
 

@@ -30,7 +30,7 @@ LOW_RANK: list[Case] = [
     ("lora", {"r": 4, "alpha": 6.0, "rslora": True}),
     ("eva", {"r": 3}),
     ("pissa", {"r": 3}),
-    ("delora", {"r": 3}),
+    ("delora", {"r": 3, "start": "zero_b"}),
     ("delora", {"r": 2, "start": "subtract", "norm": "scalar"}),
     ("lora_xs", {"r": 3}),
     ("hra", {"r": 4}),
@@ -153,7 +153,9 @@ def test_other_ranks_and_scales_are_folded_in(make: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "case", [*FULL_RANK, ("hra", {"r": 4}), ("delora", {"r": 3}), ("pissa", {"r": 2})], ids=ids
+    "case",
+    [*FULL_RANK, ("hra", {"r": 4}), ("delora", {"r": 3, "start": "zero_b"}), ("pissa", {"r": 2})],
+    ids=ids,
 )
 def test_native_types(make: Make, tmp_path: Path, case: Case) -> None:
     """PEFT's own type gives our logits; a method without one is written as plain LoRA."""

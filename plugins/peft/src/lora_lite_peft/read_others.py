@@ -131,7 +131,9 @@ def read_delora(
     for path, given in _layers(folder, tensors, base, parts).items():
         a, b, strength, w = (given[part] for part in parts)
         start = settings.delora_lambda
-        variants[path] = _made(folder, path, "delora", {"r": len(a), "strength": start})
+        variants[path] = _made(
+            folder, path, "delora", {"r": len(a), "strength": start, "start": "zero_b"}
+        )
         offset = (strength.double() - start).to(strength.dtype)
         found[path] = {"A": a, "B": b, "lambda_offset": offset, "w": w}
     return ForeignAdapter(variants, found)

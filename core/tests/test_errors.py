@@ -386,7 +386,8 @@ def test_the_pages_at_the_top_of_errors_are_right() -> None:
     """The tree drawn there has every class below the root, and the message shown is a real one."""
     page = errors.__doc__ or ""
     drawn = {line.split()[1] for line in page.splitlines() if line.lstrip().startswith(("├", "└"))}
-    assert drawn == {cls.__name__ for cls in ll.LoraLiteError.__subclasses__()}
+    below = ll.LoraLiteError.__subclasses__()
+    assert drawn == {cls.__name__ for cls in below if cls.__module__ == errors.__name__}
     message = next(message for error, _, _, message in GOLDEN if error is ll.MisfitError)
     assert " ".join(message.split()) in " ".join(page.split())
 

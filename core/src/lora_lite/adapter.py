@@ -21,7 +21,7 @@ from lora_lite.layers import overwrite, whole
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.low_rank import LowRank, low_rank
 from lora_lite.merged import MergedLayer, merged_layer
-from lora_lite.registry import take_off
+from lora_lite.registry import refuse_detached, take_off
 from lora_lite.restore import restore
 from lora_lite.saving import save_adapter, write_format
 from lora_lite.site import Site
@@ -325,10 +325,7 @@ class Adapter:
         refuse_lost_layers(self._root, self._attached(), self._modules)
 
     def _attached(self) -> AdapterState:
-        if not self._state.attachments:
-            raise AdapterError(
-                f"adapter {self.name!r} ({self._state.recipe}) is detached", adapter=self.name
-            )
+        refuse_detached(self._state)
         return self._state
 
     def _each(self) -> Iterator[tuple[Attachment, Site, dict[str, nn.Parameter]]]:

@@ -209,8 +209,9 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
             del registry.adapters[state.name]
         if not registry.adapters:
             _close_model(root, registry, now)
-    state.attachments = {}
-    forget_compiled()
+    if state.attachments:  # else nothing was compiled with it
+        forget_compiled()
+        state.attachments = {}
 
 
 def take_off(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
@@ -224,7 +225,7 @@ def take_off(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Modu
     """
     try:
         CHANGING.acquire()
-        _refuse_detached(state)
+        refuse_detached(state)
         refuse_wrapped(root)
         remove(root, state, modules)
         CHANGING.release()
@@ -237,7 +238,8 @@ def take_off(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Modu
         raise
 
 
-def _refuse_detached(state: AdapterState) -> None:
+def refuse_detached(state: AdapterState) -> None:
+    """An error for an adapter that is on no model any more."""
     if not state.attachments:
         raise AdapterError(
             f"adapter {state.name!r} ({state.recipe}) is detached", adapter=state.name

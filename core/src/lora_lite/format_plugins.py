@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lora_lite import plugins
-from lora_lite.errors import AdapterFileError, PluginError, did_you_mean
+from lora_lite.errors import AdapterFileError, PluginError
 from lora_lite.formats import Format
 
 FORMATS = "lora_lite.formats"
@@ -34,7 +34,7 @@ def format_named(name: str) -> Format:
         return loaded
     installed = _entry_points()
     if name not in installed:
-        raise _unknown_format(name, sorted(installed))
+        raise plugins.not_installed(PluginError, "format", name, sorted(installed), FIRST_PARTY)
     point = plugins._only(installed[name])
     cls = plugins._load(point, Format)  # type: ignore[type-abstract]
     if cls.name != name:
@@ -79,21 +79,3 @@ def format_of(path: Path) -> Format | None:
 def _entry_points() -> dict[str, list[metadata.EntryPoint]]:
     installed = plugins._entry_points(FORMATS)
     return {**installed, OURS.name: [OURS, *installed.get(OURS.name, [])]}
-
-
-def _unknown_format(name: str, installed: list[str]) -> PluginError:
-    expected = f"The installed formats are {', '.join(installed)}"
-    if name in FIRST_PARTY:
-        return PluginError(
-            f"format {name!r} is not installed",
-            expected=expected,
-            fix=f"To install it: pip install {FIRST_PARTY[name]}",
-            plugin=name,
-            distributions=(FIRST_PARTY[name],),
-        )
-    return PluginError(
-        f"there is no format {name!r}",
-        expected=expected,
-        fix=did_you_mean(name, [*installed, *FIRST_PARTY]),
-        plugin=name,
-    )

@@ -16,7 +16,7 @@ without a word, and would let the errors of a broken plugin through as they are.
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
@@ -143,7 +143,9 @@ def variant_class(name: str) -> type[Variant]:
         return loaded
     installed = _entry_points(VARIANTS)
     if name not in installed:
-        raise _unknown_variant(name, sorted(installed))
+        raise not_installed(
+            UnknownVariantError, "variant", name, sorted(installed), first_party_variants()
+        )
     point = _only(installed[name])
     cls = _load(point, Variant)
     if cls.name != name:
@@ -188,21 +190,34 @@ def _plugin_name(point: metadata.EntryPoint) -> str:
     return f"{point.group}:{point.name}"
 
 
-def _unknown_variant(name: str, installed: list[str]) -> UnknownVariantError:
-    """The error for a name that is not installed: how to install it, or what was probably meant."""
-    first_party = first_party_variants()
-    listed = f"The installed variants are {', '.join(installed)}"
-    expected = listed if installed else "No variant is installed"
+def not_installed(
+    error: type[PluginError],
+    what: str,
+    name: str,
+    installed: Sequence[str],
+    first_party: Mapping[str, str],
+) -> PluginError:
+    """The error for a name that is not installed: how to install it, or what was probably meant.
+
+    Args:
+        error: its class.
+        what: "variant" or "format".
+        name: that was asked for.
+        installed: the names that are.
+        first_party: the distribution of every one of this project, installed or not.
+    """
+    listed = f"The installed {what}s are {', '.join(installed)}"
+    expected = listed if installed else f"No {what} is installed"
     if name in first_party:
-        return UnknownVariantError(
-            f"variant {name!r} is not installed",
+        return error(
+            f"{what} {name!r} is not installed",
             expected=expected,
             fix=f"To install it: pip install {first_party[name]}",
             plugin=name,
             distributions=(first_party[name],),
         )
-    return UnknownVariantError(
-        f"there is no variant {name!r}",
+    return error(
+        f"there is no {what} {name!r}",
         expected=expected,
         fix=did_you_mean(name, [*installed, *first_party]),
         plugin=name,

@@ -16,8 +16,9 @@ DRAWN_ANEW = 0.1
 
 def drawn(case: Case) -> set[str]:
     """The tensors for which `init` asks for a generator; none where it needs calibration data."""
-    asked, _ = _start(case)
-    return asked
+    start = _Start(case)
+    start.values()
+    return start.asked
 
 
 def drawn_from_elsewhere(case: Case) -> list[str]:
@@ -25,10 +26,11 @@ def drawn_from_elsewhere(case: Case) -> list[str]:
 
     A decomposition may draw for itself, because what it finds does not depend on it.
     """
-    _, plain = _start(case)
-    with _DrawsAnew() as own:
-        _, anew = _start(case, own.given)
-    specs = case.variant.tensors(case.site(case.model()))
+    start = _Start(case)
+    plain = start.values()
+    with _DrawsAnew(start.given):
+        anew = start.values()
+    specs = case.variant.tensors(start.site)
     return [
         name
         for name, value in plain.items()
@@ -36,36 +38,40 @@ def drawn_from_elsewhere(case: Case) -> list[str]:
     ]
 
 
-def _start(
-    case: Case, given: list[torch.Generator] | None = None
-) -> tuple[set[str], dict[str, torch.Tensor]]:
-    """The names that `init` asks `rng` for, and what it gives; nothing if it needs data.
+class _Start:
+    """The start values of one layer, and what `init` asks `rng` for.
 
-    Args:
-        given: gets the generators that `rng` hands out.
+    Attributes:
+        asked: the names.
+        given: the generators that were handed out.
     """
-    site = case.site(case.model())
-    if case.variant.observe(site) is not None:
-        return set(), {}
-    asked: set[str] = set()
 
-    def rng(tensor: str) -> torch.Generator:
-        asked.add(tensor)
-        generator = torch.Generator().manual_seed(0)
-        if given is not None:
-            given.append(generator)
-        return generator
+    def __init__(self, case: Case) -> None:
+        self.variant = case.variant
+        self.site = case.site(case.model())
+        self.asked: set[str] = set()
+        self.given: list[torch.Generator] = []
 
-    with torch.no_grad():
-        return asked, case.variant.init(site, case.variant.derive(site), {}, rng)
+    def values(self) -> dict[str, torch.Tensor]:
+        """What `init` gives; nothing if it needs calibration data."""
+        if self.variant.observe(self.site) is not None:
+            return {}
+        with torch.no_grad():
+            derived = self.variant.derive(self.site)
+            return self.variant.init(self.site, derived, {}, self._rng)
+
+    def _rng(self, tensor: str) -> torch.Generator:
+        self.asked.add(tensor)
+        self.given.append(torch.Generator().manual_seed(0))
+        return self.given[-1]
 
 
 class _DrawsAnew(TorchFunctionMode):
     """Random functions get another generator in place of each that is not among those `given`."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: list[torch.Generator]) -> None:
         super().__init__()
-        self.given: list[torch.Generator] = []
+        self.given = given
         self.others: dict[int, torch.Generator] = {}
 
     def __torch_function__(

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from lora_lite.author_mistakes import RESERVED, calling, checked_delta, checked_prepared
 from lora_lite.errors import AdapterError
 from lora_lite.layers import layer_input
+from lora_lite.per_expert import PerExpert, methods_for
 from lora_lite.recipe import Recipe
 from lora_lite.site import LayerSpec, Site
 from lora_lite.tensor_spec import TensorSpec
-from lora_lite.variant import ScaledVariant, Variant, overrides
+from lora_lite.variant import ScaledVariant, Tensors, Variant, overrides
 
 
 @dataclass(eq=False)
@@ -116,10 +117,16 @@ class Attachment:
         self.prepares = overrides(cls, "prepare")
         self.has_input_delta = overrides(cls, "delta_input")
         self.has_output_delta = overrides(cls, "delta_output")
-        self.keys = {name: attribute(self.state.name, name) for name in self.specs}
+        tensor_name = self.layer.kind.tensor_name
+        self.keys = {name: attribute(self.state.name, tensor_name(name)) for name in self.specs}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prepared": {}}
+
+    @property
+    def methods(self) -> Variant | PerExpert:
+        """The variant's methods for this layer."""
+        return methods_for(self.variant, self.layer.kind)
 
     @property
     def adds_to_input(self) -> bool:
@@ -138,7 +145,15 @@ class Attachment:
     def input_delta(self, module: nn.Module, x: Tensor) -> Tensor:
         """S Δx, for the layer's input."""
         site = Site(self.layer, module)
-        t = self._tensors(module, site, x)
+        return self.delta_input(site, self._tensors(module, site, x), x)
+
+    def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """S Δy, for the layer's output."""
+        site = Site(self.layer, module)
+        return self.delta_output(site, self._tensors(module, site, y), x, y)
+
+    def delta_input(self, site: Site, t: Tensors, x: Tensor) -> Tensor:
+        """S Δx, from the tensors as the deltas read them."""
         with _calling(self.variant, "delta_input"):
             if self.variant.takes_scale:
                 scaled = cast(ScaledVariant, self.variant)
@@ -147,10 +162,8 @@ class Attachment:
                 delta = self.variant.delta_input(site, t, x)
         return self._times_scale(checked_delta(self.variant, "delta_input", delta, x))
 
-    def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """S Δy, for the layer's output."""
-        site = Site(self.layer, module)
-        t = self._tensors(module, site, y)
+    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """S Δy, from the tensors as the deltas read them."""
         with _calling(self.variant, "delta_output"):
             if self.variant.takes_scale:
                 scaled = cast(ScaledVariant, self.variant)

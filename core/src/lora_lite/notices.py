@@ -34,12 +34,21 @@ def tell_frozen(root: nn.Module, plan: Plan, trainable: Mapping[str, bool]) -> N
     """
     chosen = {placement.path for placement in plan.placements}
     if plan._choice.by_default:
-        experts = [weight for weight in plan._others if weight.is_bare and weight.in_blocks]
-        if hold_much(experts, plan._layers, plan._others):
+        bare = [weight for weight in plan._others if weight.is_bare and weight.in_blocks]
+        if hold_much(bare, plan._layers, plan._others):
             warn(
                 "these weights stay frozen, and they are a large part of the model",
-                [str(weight) for weight in experts],
+                [str(weight) for weight in bare],
                 "They are bare parameters that hooks do not reach. targets= silences this",
+            )
+        experts = [layer for layer in plan._layers if layer.holds_experts and layer.blocks]
+        experts = [layer for layer in experts if layer.path not in chosen]
+        if hold_much(experts, plan._layers, plan._others):
+            warn(
+                "the experts stay frozen, and they are a large part of the model",
+                [layer.path for layer in experts],
+                "targets= adapts them as well, expert by expert: r'_proj$' is every projection, "
+                "experts included; any targets= silences this",
             )
     elif plan._choice.passed_over:
         warn(

@@ -48,14 +48,19 @@ class ExpertAttachment(Attachment):
         return False
 
     def _prepare(self, site: Site, t: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `prepare` gives for each expert, stacked."""
-        module = site._module
+        """What `prepare` gives for each expert, stacked: for all at once, if it can be traced."""
+        module, weights = site._module, self.stack.stacked(site._module)
 
         def of_one(weight: Tensor, own: dict[str, Tensor]) -> dict[str, Tensor]:
             layer = LayerSpec(site.path, GivenWeight(weight), site.d_in, site.d_out, has_bias=False)
             return Attachment._prepare(self, Site(layer, module), own)
 
-        return torch.vmap(of_one)(self.stack.stacked(module), t)
+        try:
+            return torch.vmap(of_one)(weights, t)
+        except RuntimeError:  # an operation that vmap does not know, or a look at values
+            apart = [{name: each[e] for name, each in t.items()} for e in range(len(weights))]
+            each = [of_one(weight, own) for weight, own in zip(weights, apart, strict=True)]
+            return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
 def attachment_class(kind: LayerKind) -> type[Attachment]:

@@ -182,6 +182,15 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return x
 
 
+def with_input(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a linear layer was called with, with another x."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether a tensor is sharded, without importing torch.distributed for the question."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -219,6 +219,15 @@ class ExpertHooks(LayerHooks):
                 "these experts are spread over processes (expert parallelism)",
                 fix="Load the model without it, or leave the experts out with exclude=",
             )
+        by_row = [r for of in runs.values() for r in of if r.attachment.state.selection is not None]
+        if by_row:
+            layer = by_row[0].attachment.layer.path
+            raise AdapterError(
+                f"{layer} holds experts, which get rows that a router has chosen",
+                expected="Inside adapters_by_row, every layer gets the batch's rows",
+                fix="Run the rows one after the other, or attach without the experts",
+                layer=layer,
+            )
         for name, of_parameter in runs.items():
             weights = module._parameters[name]
             assert weights is not None

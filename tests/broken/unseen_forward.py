@@ -242,3 +242,15 @@ class DetachesInLargeLayers(Sound, name="detaches_in_large_layers"):
 class CountsSmallLayersAlone(Sound, name="counts_small_layers_alone"):
     def macs_per_token(self, site):
         return self.r * (min(site.d_in, 32) + min(site.d_out, 32))
+
+
+# --- kinds of layers
+
+
+@caught_by("other_kinds_compute_the_same", r"on Embedding, against the linear layer")
+class ReadsTheModule(Sound, name="reads_the_module"):
+    """The rows' lengths of what the module calls its weight, which are the columns' elsewhere."""
+
+    def delta_output(self, site, t, x, y):
+        weight = site._module.weight
+        return super().delta_output(site, t, x, y) * weight.detach().to(y.dtype)[0].norm()

@@ -213,6 +213,25 @@ def _belongs(name: str, path: str) -> bool:
     return block in name and path.endswith("gate_up_proj") == inner
 
 
+def test_factors_and_merged_weights_of_every_expert(tmp_path: Path) -> None:
+    """Promise: low_rank and merged tell the change of each expert; a merged checkpoint computes
+    what the adapted model does, and knows nothing of lora-lite."""
+    for family in ("qwen3_moe", "gpt_oss"):
+        model = mixture(family)
+        adapter = moved(attached(model))
+        state, factors, merged = adapter.state_dict(), adapter.low_rank(), adapter.merged()
+        path = "model.layers.1.mlp.experts.down_proj"
+        product = 16 / 3 * (state[f"{path}.B"][4] @ state[f"{path}.A"][4])
+        found = factors[f"{path}[4]"]
+        torch.testing.assert_close((found.B @ found.A).float(), product)
+        weights = model.get_parameter(path)[4]
+        weights = weights.T if family == "gpt_oss" else weights
+        torch.testing.assert_close(merged[f"{path}[4]"].weight, weights + product)
+        adapter.save(tmp_path / family, format="merged")
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family)
+        torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
+
+
 # --- what holds for every layer
 
 
@@ -321,11 +340,14 @@ def test_a_variant_that_needs_data_is_refused_by_name() -> None:
         ll.plan(mixture(), "eva", r=2, targets=EXPERTS)
 
 
-def test_changes_of_experts_have_no_other_form_yet() -> None:
+def test_formats_for_linear_layers_refuse_experts(tmp_path: Path) -> None:
     adapter = attached(mixture())
-    for ask in (adapter.low_rank, adapter.merged):
-        with pytest.raises(ll.AdapterError, match=r"experts\.gate_up_proj holds the experts"):
-            ask()
+    for name in ("peft", "gguf"):
+        with pytest.raises(
+            ll.AdapterError, match=r"linear layers alone[\s\S]*experts\.gate_up_proj"
+        ):
+            adapter.save(tmp_path / name, format=name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

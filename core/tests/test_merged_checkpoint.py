@@ -225,6 +225,46 @@ def test_a_mixture_of_experts_is_written_as_it_is_published(tmp_path: Path) -> N
     assert relative(logits(loaded(tmp_path / "out")), logits(model)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"embed_tokens": ("lora", {"r": 2})},
+        {"q_proj": ("lora", {"r": 2}), "norm$": "full"},
+        {"embed_tokens": "full", "down_proj": "full"},
+    ],
+)
+def test_layers_of_every_kind_are_merged(
+    tiny_llama: Make, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    """Promise: what is trained beside linear layers is in the checkpoint, laid out as the layer
+    keeps it."""
+    model = tiny_llama()
+    adapter = ll.attach(model, recipe)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    adapter.save(tmp_path / "out", format="merged")
+    assert relative(logits(loaded(tmp_path / "out")), logits(model)) < 1e-5
+    adapter.scale = 0.5
+    if "norm$" in recipe:
+        with pytest.raises(ll.AdapterError, match=r"norm has parameters of its own.*scale = 1"):
+            adapter.save(tmp_path / "half", format="merged")
+        with pytest.raises(ll.AdapterError, match="has no weight matrix"):
+            adapter.merged()
+
+
+def test_a_convolution_is_merged_as_its_kernel(tmp_path: Path) -> None:
+    make = lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv1d(3, 4, 2))  # noqa: E731
+    model, plain = make(), make()
+    adapter = adapted(model, "lora", {"r": 2}, targets="0|1")
+    adapter.save(tmp_path / "out", format="merged")
+    plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    x, y = torch.randn(2, 2, 6, 6), torch.randn(2, 3, 6)
+    torch.testing.assert_close(plain[0](x), model[0](x))
+    torch.testing.assert_close(plain[1](y), model[1](y))
+
+
 def test_a_model_of_plain_torch(blocks: Make, tmp_path: Path) -> None:
     """Without a config there is one file, whose tensors are the model's state."""
     model, plain = blocks(), blocks()

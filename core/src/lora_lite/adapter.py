@@ -12,7 +12,7 @@ from lora_lite.adapter_state import overwrite_tensors, saved_tensors
 from lora_lite.adapter_text import adapter_text
 from lora_lite.arguments import finite_scale, flag
 from lora_lite.author_mistakes import calling, checked_macs, checked_penalty
-from lora_lite.change import LayerChange, refuse_experts
+from lora_lite.change import LayerChange, changes_at
 from lora_lite.errors import AdapterError
 from lora_lite.fileformat import FilePath
 from lora_lite.groups import Groups, Rates, parameter_groups
@@ -338,8 +338,7 @@ class Adapter:
         """What it changes at each layer."""
         self.verify()
         for path, attachment in self._attached().attachments.items():
-            refuse_experts(attachment)
-            yield LayerChange(attachment, self._modules[path])
+            yield from changes_at(attachment, self._modules[path])
 
     def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:
         """Every stored tensor, with its key and spec."""

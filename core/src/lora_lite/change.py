@@ -7,25 +7,17 @@ mode, without autocast, and as if this were its only adapter. Nothing of the mod
 """
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import AdapterError
-from lora_lite.experts import ExpertStack
+from lora_lite.experts import ExpertStack, SingleMatrix
 from lora_lite.hooks import Attachment
-from lora_lite.site import Site
-
-
-def refuse_experts(attachment: Attachment) -> None:
-    """An error for an adapter on the experts of a mixture, which are many layers in one."""
-    if isinstance(attachment.layer.kind, ExpertStack):
-        raise AdapterError(
-            f"{attachment.layer.path} holds the experts of a mixture; their changes cannot be "
-            "written as factors or merged yet",
-            fix="adapter.save(path) keeps them in lora-lite's own format",
-            layer=attachment.layer.path,
-        )
+from lora_lite.per_expert import expert_spec
+from lora_lite.site import LayerSpec, Site
 
 
 class LayerChange:
@@ -75,3 +67,40 @@ class LayerChange:
                     y = y + site.bias().to(y.dtype)
                 changed = changed + attachment.output_delta(self._module, x, y)
         return changed
+
+
+def changes_at(attachment: Attachment, module: nn.Module) -> Iterator[LayerChange]:
+    """The change at a layer; of a stack of experts, that of each of them, at `path[e]`.
+
+    Raises:
+        AdapterError: the module has no weight matrix.
+    """
+    kind = attachment.layer.kind
+    if not kind.has_matrix:
+        raise AdapterError(
+            f"{attachment.layer.path} ({type(module).__name__}) has no weight matrix, so its "
+            "change is no matrix either",
+            fix="save(path, format='merged') writes its parameters; save(path) keeps the adapter",
+            layer=attachment.layer.path,
+        )
+    if isinstance(kind, ExpertStack):
+        for expert in range(kind.count(module)):
+            yield _change_of_expert(attachment, module, expert)
+    else:
+        yield LayerChange(attachment, module)
+
+
+def _change_of_expert(attachment: Attachment, module: nn.Module, expert: int) -> LayerChange:
+    """One expert as the linear layer that it is, with an adapter of its own."""
+    kind = attachment.layer.kind
+    assert isinstance(kind, ExpertStack)
+    alone = nn.Module()
+    alone.register_parameter("weight", nn.Parameter(kind.stacked(module)[expert], False))
+    one = expert_spec(attachment.layer, expert)
+    layer = LayerSpec(one.path, SingleMatrix(), one.d_in, one.d_out, has_bias=False)
+    specs = {name: replace(spec, shape=spec.shape[1:]) for name, spec in attachment.specs.items()}
+    own = Attachment(attachment.state, layer, attachment.variant, specs)
+    for name, stack in attachment.stored(module).items():
+        tensor = nn.Parameter(stack.detach()[expert], requires_grad=False)
+        alone.register_parameter(own.keys[name], tensor)
+    return LayerChange(own, alone)

@@ -47,6 +47,10 @@ class ExpertStack(LayerKind):
         """(experts · d_out, d_in): the matrices of all experts, one below the other."""
         return self.stacked(module).flatten(0, 1)
 
+    def in_layout(self, module: nn.Module, w: Tensor) -> Tensor:
+        """Other matrices, (experts, d_out, d_in), as the parameter keeps them."""
+        return w.mT if self.is_transposed else w
+
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(d_in, d_out) of one expert."""
         _, d_out, d_in = self.stacked(module).shape
@@ -92,6 +96,16 @@ class OneExpert(LayerKind):
     def bias(self, module: nn.Module) -> Tensor | None:
         """None, as for the stack."""
         return None
+
+
+class SingleMatrix(LayerKind):
+    """A module that holds a `weight`, (d_out, d_in), and nothing else of the base."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return False
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return _parameter(module, "weight")
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,9 +48,15 @@ class Format(ABC):
 
     The keyword-only parameters of `write` are the options that `adapter.save(..., format=...)`
     takes.
+
+    Attributes:
+        name: what `format=` is given.
+        linear_layers_only: whether it has no place for adapters on embeddings, convolutions, the
+            experts of a mixture and whole modules, which are then refused before `write`.
     """
 
     name: ClassVar[str] = ""
+    linear_layers_only: ClassVar[bool] = True
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
@@ -81,6 +87,24 @@ class Format(ABC):
     def lora_lite_format(self, name: str) -> Format | None:
         """Answers pluggy: this format, if it goes by `name`."""
         return self if type(self).name == name else None
+
+
+def refuse_other_layers(chosen: Format, adapter: Adapter) -> None:
+    """An error for layers that a format has no place for."""
+    if not chosen.linear_layers_only:
+        return
+    attachments = adapter._state.attachments
+    others = [path for path, each in attachments.items() if not each.layer.kind.default]
+    if others:
+        raise AdapterError(
+            f"format {chosen.name!r} has a place for linear layers alone, and adapter "
+            f"{adapter.name!r} is also on",
+            details=others,
+            expected="Embeddings, convolutions, experts and whole modules are no linear layers",
+            fix="format='merged' takes them all; adapter.save(path) keeps them as they are",
+            adapter=adapter.name,
+            layer=others[0],
+        )
 
 
 def refuse_unknown_options(chosen: Format, options: Mapping[str, Any]) -> None:

@@ -52,6 +52,9 @@ class Convolutional(LayerKind):
     def weight(self, module: nn.Module) -> Tensor:
         return tensor_of(module, "weight").flatten(1)
 
+    def in_layout(self, module: nn.Module, w: Tensor) -> Tensor:
+        return w.reshape(tensor_of(module, "weight").shape)
+
     def rows_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor:
@@ -110,6 +113,9 @@ class Embedding(LayerKind):
     def weight(self, module: nn.Module) -> Tensor:
         return tensor_of(module, "weight").T
 
+    def in_layout(self, module: nn.Module, w: Tensor) -> Tensor:
+        return w.T
+
     def rows_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor:
@@ -128,8 +134,15 @@ class ScaledEmbedding(Embedding):
 
     def weight(self, module: nn.Module) -> Tensor:
         weight = tensor_of(module, "weight")
+        return self._times(weight, module.embed_scale).T
+
+    def in_layout(self, module: nn.Module, w: Tensor) -> Tensor:
         scale: Any = module.embed_scale
-        return (weight * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)).T
+        return self._times(w, 1 / scale).T
+
+    def _times(self, w: Tensor, scale: Any) -> Tensor:
+        product: Tensor = w * (scale.to(w.dtype) if isinstance(scale, Tensor) else scale)
+        return product
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, nn.Embedding)

@@ -80,6 +80,10 @@ class LayerKind(ABC):
         """M Wᵀ for M of shape (k, d_in): shape (k, d_out)."""
         return m @ self.weight(module).detach().to(m.dtype).T
 
+    def in_layout(self, module: nn.Module, w: Tensor) -> Tensor:
+        """Another W, dense, as the module keeps its own: the inverse of `weight`."""
+        return w
+
     def rows_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor:
@@ -153,6 +157,9 @@ class Conv1D(LayerKind):
 
     def weight(self, module: nn.Module) -> Tensor:
         return tensor_of(module, "weight").T
+
+    def in_layout(self, module: nn.Module, w: Tensor) -> Tensor:
+        return w.T
 
 
 def has_plain_weight(module: nn.Module) -> bool:

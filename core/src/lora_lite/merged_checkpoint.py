@@ -55,6 +55,7 @@ class MergedCheckpoint(Format):
     """A plain checkpoint. It is written only; to read it is to load a model."""
 
     name: ClassVar[str] = "merged"
+    linear_layers_only: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
         return False

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.author_mistakes import RESERVED
-from lora_lite.change import LayerChange
+from lora_lite.change import LayerChange, changes_at
 from lora_lite.errors import AdapterError
-from lora_lite.hooks import attribute
+from lora_lite.experts import ExpertStack
+from lora_lite.hooks import Attachment, attribute
 from lora_lite.kinds import BUILT_IN
-from lora_lite.layers import Conv1D, LayerKind
+from lora_lite.layers import LayerKind
 from lora_lite.merged import merged_bias, merged_layer
 from lora_lite.modules import named_modules
 from lora_lite.plugins import kind_of
@@ -63,7 +65,7 @@ def plain_contents(root: nn.Module, adapter: Adapter, dequantise: bool) -> Conte
             would need one.
     """
     ours = _names_of_adapters(root)
-    changes = {adapter._modules[each.site.path]: each for each in adapter._changes()}
+    changes, replaced = _changes(adapter)
     contents = Contents()
     quantised: list[str] = []
     merged: set[int] = set()  # the parameters of adapted layers
@@ -80,7 +82,12 @@ def plain_contents(root: nn.Module, adapter: Adapter, dequantise: bool) -> Conte
             continue
         for name, tensor in _stored(module):
             full_name = _joined(path, name)
-            if full_name not in ours and id(tensor) not in kept:
+            if full_name in ours:
+                continue
+            if (module, name) in replaced:
+                merged.add(id(tensor))
+                contents.entries[full_name] = Entry(tensor.nbytes, replaced[module, name])
+            elif id(tensor) not in kept:
                 kept.add(id(tensor))
                 contents.entries[full_name] = Entry(tensor.nbytes, tensor.detach)
     contents.is_untied = bool(merged & kept)
@@ -98,6 +105,43 @@ def plain_contents(root: nn.Module, adapter: Adapter, dequantise: bool) -> Conte
     for name in getattr(root, "_keys_to_ignore_on_save", None) or ():
         contents.entries.pop(name, None)
     return contents
+
+
+def _changes(
+    adapter: Adapter,
+) -> tuple[dict[nn.Module, LayerChange], dict[tuple[nn.Module, str], Callable[[], Tensor]]]:
+    """What an adapter changes: layers by module, and whole parameters by module and name.
+
+    Raises:
+        AdapterError: parameters are replaced, and at another scale than 1 they would not be.
+    """
+    layers: dict[nn.Module, LayerChange] = {}
+    parameters: dict[tuple[nn.Module, str], Callable[[], Tensor]] = {}
+    for attachment, site, t in adapter._each():
+        kind, module = attachment.layer.kind, site._module
+        if isinstance(kind, ExpertStack):
+            parameters[module, kind.parameter] = partial(_experts, kind, module, attachment)
+        elif kind.has_matrix:
+            layers[module] = LayerChange(attachment, module)
+        elif adapter.scale != 1:
+            raise AdapterError(
+                f"{site.path} has parameters of its own in the adapter, which are at scale "
+                f"{adapter.scale:g} neither those nor the base's",
+                fix="Set adapter.scale = 1",
+                layer=site.path,
+            )
+        else:
+            for name, parameter in site.parameters().items():
+                if name in t:
+                    own = partial(t[name].detach().to, parameter.dtype)
+                    parameters[module, name] = own
+    return layers, parameters
+
+
+def _experts(kind: ExpertStack, module: nn.Module, attachment: Attachment) -> Tensor:
+    """The weights of all experts with the adapter's change, as the parameter keeps them."""
+    changed = [merged_layer(change).weight for change in changes_at(attachment, module)]
+    return kind.in_layout(module, torch.stack(changed)).contiguous()
 
 
 def _names_of_adapters(root: nn.Module) -> set[str]:
@@ -156,8 +200,7 @@ def _layer(
 def _weight(module: nn.Module, kind: LayerKind, change: LayerChange | None) -> Tensor:
     """A layer's plain weight, laid out as the layer stores it."""
     w = kind.weight(module).detach() if change is None else merged_layer(change).weight
-    w = w.to(kind.dtype(module))
-    return w.T if isinstance(kind, Conv1D) else w
+    return kind.in_layout(module, w.to(kind.dtype(module)))
 
 
 def _joined(path: str, name: str) -> str:

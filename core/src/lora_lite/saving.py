@@ -20,7 +20,7 @@ from lora_lite.errors import AdapterFileError
 from lora_lite.fileformat import DTYPES, FilePath, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.format_plugins import format_named
-from lora_lite.formats import refuse_unknown_options
+from lora_lite.formats import refuse_other_layers, refuse_unknown_options
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.magnitudes import not_finite
@@ -78,6 +78,7 @@ def write_format(
             path=str(path),
         )
     adapter.verify()
+    refuse_other_layers(chosen, adapter)
     try:
         chosen.write(adapter, Base(path, adapter._root), Path(path), **options)
     except OSError as error:

@@ -1,0 +1,44 @@
+"""OFT: agreement with PEFT, orthogonality, the counts, and small changes in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lora_lite as ll
+import pytest
+import torch
+from lora_lite_oft import OFT
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+
+def test_logits_and_gradients_equal_pefts(equals_peft: Callable[..., None], theirs: Any) -> None:
+    """The same skew matrices give the logits and gradients of PEFT's exact Cayley transform."""
+    equals_peft(
+        OFT(block_size=8),
+        lambda sites: peft.OFTConfig(
+            r=0, oft_block_size=8, target_modules=sites, use_cayley_neumann=False
+        ),
+        {"Q": theirs("oft_R.default.weight")},
+    )
+
+
+def test_lengths_are_kept() -> None:
+    """However far Q is from 0, the layer's input keeps its length: x' = Rᵀ x is a turn."""
+    model = nn.Sequential(nn.Linear(24, 24, bias=False)).double()
+    nn.init.eye_(model[0].weight)
+    (q,) = ll.attach(model, "oft", block_size=8, targets="0", dtype=torch.float64).parameters()
+    nn.init.normal_(q, std=10)
+    x = torch.randn(9, 24, dtype=torch.float64)
+    turned = model(x).detach()
+    torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1), rtol=1e-10, atol=1e-10)
+    assert float((turned - x).norm() / x.norm()) > 0.1
+
+
+def test_counts(qwen_down_proj: nn.Module) -> None:
+    """On 24 down_proj of a 0.8B Qwen3.5: d_in (b - 1) / 2 parameters, d_in b MACs a token."""
+    found = ll.plan(qwen_down_proj, "oft", block_size=32)
+    assert found.parameters == 24 * 3584 * 31 // 2
+    assert found.macs_per_token == 24 * 3584 * 32

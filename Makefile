@@ -67,7 +67,7 @@ new: $(INSTALLED)  ## Write the package of a new variant beside this folder: mak
 	cd .. && "$(CURDIR)/$(BIN)/lora-lite" new "$(NAME)"
 
 figures: $(INSTALLED)  ## Measure the performance figures: attach, load, steps, SVD, import
-	for part in imports attach svd step; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
+	for part in imports attach svd step experts; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
 	$(BIN)/python benchmark/perf/step.py --pairs lora:peft --dtype bfloat16 --targets _proj$$
 
 clean:  ## Remove what the other targets made, results excepted

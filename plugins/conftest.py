@@ -144,9 +144,10 @@ def half_precision() -> Callable[..., None]:
 
     def error(variant: str, dtype: torch.dtype, **fields: Any) -> float:
         rng = torch.Generator().manual_seed(0)
-        model = nn.Sequential(nn.Linear(96, 64, bias=False)).to(dtype)
+        layer = nn.Linear(96, 64, bias=False).to(dtype)
+        model = nn.Sequential(layer)
         with torch.no_grad():
-            model[0].weight.copy_(torch.randn(64, 96, generator=rng) / 10)
+            layer.weight.copy_(torch.randn(64, 96, generator=rng) / 10)
         x = torch.randn(128, 96, generator=rng).to(dtype)
         y = model(x).detach()
         exact = nn.Sequential(nn.Linear(96, 64, bias=False)).double()
@@ -169,7 +170,7 @@ def half_precision() -> Callable[..., None]:
         }
         read |= adapter.variant.prepare(placement.site, read) or {}
         found = adapter.variant.delta_output(placement.site, read, x, y).double()
-        plain = x.double() @ model[0].weight.detach().double().T
+        plain = x.double() @ layer.weight.detach().double().T
         expected = exact(x.double()).detach() - plain
         return float((found - expected).norm() / expected.norm())
 

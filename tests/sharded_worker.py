@@ -32,6 +32,33 @@ class Net(nn.Module):
         return x
 
 
+class Mixture(nn.Module):
+    """Four experts in one parameter of three dimensions, as transformers keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = False
+        self.down_proj = nn.Parameter(torch.randn(4, 8, 8) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [torch.nn.functional.linear(row, self.down_proj[e]) for e, row in enumerate(x)]
+        return torch.stack(rows)
+
+
+class Mixtures(nn.Module):
+    """Two residual blocks of experts; row e of the input goes to expert e."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Mixture() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
 def attached(variant: str, value: float = 0.1) -> tuple[Net, ll.Adapter]:
     """The same model and adapter in every process."""
     model = Net()
@@ -130,6 +157,30 @@ def fsdp2(variant: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def experts(variant: str, folder: Path) -> dict[str, Any]:
+    """An adapter on experts: outputs, gradients and a file, sharded as before."""
+    found = []
+    for is_sharded in (False, True):
+        model = Mixtures()
+        adapter = ll.attach(model, variant, r=4, targets="down_proj")
+        fill(adapter, 0.1)
+        if is_sharded:
+            shard(model)
+        output = model(inputs())
+        output.square().mean().backward()
+        gradients = [p.grad for p in adapter.parameters()]
+        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+        found.append((output.detach(), *whole))
+    adapter.save(folder / f"{variant}.experts")
+    dist.barrier()
+    plain = Mixtures()
+    ll.load(plain, folder / f"{variant}.experts")
+    return {
+        "same": all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True)),
+        "file": torch.allclose(plain(inputs()), found[0][0], atol=1e-5),
+    }
+
+
 def fsdp1(variant: str, folder: Path) -> dict[str, Any]:
     """Everything that one does to an adapter, on a model that FSDP1 has wrapped."""
     model, adapter = attached(variant)
@@ -208,7 +259,7 @@ def resumed(variant: str, _: Path) -> dict[str, Any]:
     return facts
 
 
-CASES = {f.__name__: f for f in (fsdp2, fsdp1, fsdp1_summoned, ddp_inside, resumed)}
+CASES = {f.__name__: f for f in (fsdp2, experts, fsdp1, fsdp1_summoned, ddp_inside, resumed)}
 
 
 def main() -> None:

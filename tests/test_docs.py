@@ -228,7 +228,19 @@ def test_the_figures_of_a_method_are_what_plan_says(name: str) -> None:
     }
 
 
-UNMEASURED = set("c3a corda fourierft hira loha lokr milora miss oft olora shira".split())
+UNMEASURED = {
+    "c3a",
+    "corda",
+    "fourierft",
+    "hira",
+    "loha",
+    "lokr",
+    "milora",
+    "miss",
+    "oft",
+    "olora",
+    "shira",
+}
 """Variants without a row of results yet, because no sweep has chosen their learning rates."""
 
 

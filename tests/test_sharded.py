@@ -87,6 +87,14 @@ def test_fsdp2_refuses_a_wrong_state_everywhere(facts: list[dict[str, Any]], var
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp2_shards_adapters_of_experts(facts: list[dict[str, Any]], variant: str) -> None:
+    """Promise: an adapter on fused experts computes and learns under FSDP2 as it does alone, and
+    its file is whole."""
+    for found in of(facts, "experts", variant):
+        assert found == {"same": True, "file": True}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resuming_a_sharded_model(facts: list[dict[str, Any]], variant: str) -> None:
     """Promise: the state dict of a sharded model resumes, and another adapter's is refused."""
     for found in of(facts, "resumed", variant):

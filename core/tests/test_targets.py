@@ -257,11 +257,8 @@ def test_plan_is_what_attach_does(
     )
 
 
-def test_plan_names_fused_experts() -> None:
-    """Expert weights that a model holds as bare parameters cannot be hooked: plan says which.
-
-    It adapts the rest.
-    """
+def test_experts_are_chosen_by_a_pattern() -> None:
+    """The default adapts linear layers; experts are there for who asks for them."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3MoeConfig(
         hidden_size=16,
@@ -278,7 +275,7 @@ def test_plan_names_fused_experts() -> None:
         model = transformers.Qwen3MoeForCausalLM(config)
     found = ll.plan(model, Low())
     assert "model.layers.0.self_attn.q_proj" in [p.path for p in found.placements]
-    if not any(name.endswith("experts.0.up_proj.weight") for name, _ in model.named_parameters()):
-        told = "\n".join(found.unreachable)
-        for name in ("gate_up_proj", "down_proj"):
-            assert f"model.layers.0.mlp.experts.{name} (4 x " in told
+    paths = [p.path for p in ll.plan(model, Low(), targets="_proj$").placements]
+    for name in ("gate_up_proj", "down_proj"):
+        assert f"model.layers.0.mlp.experts.{name}" not in [p.path for p in found.placements]
+        assert f"model.layers.0.mlp.experts.{name}" in paths

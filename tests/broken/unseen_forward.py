@@ -85,6 +85,13 @@ class MisspellsDetached(Sound, name="misspells_detached"):
         return super().delta_output(site, t, x, y) / t["norm"]
 
 
+@caught_by("outputs_depend_on_tensors_alone", r"a forward changed .*'highest'.*'medium'")
+class SetsThePrecision(Sound, name="sets_the_precision"):
+    def delta_output(self, site, t, x, y):
+        torch.set_float32_matmul_precision("medium")
+        return super().delta_output(site, t, x, y)
+
+
 class _ByItself(ScaledVariant):
     """Δy = f(s) B A x, with a scale of its own."""
 
@@ -193,7 +200,7 @@ class LooksAtThirtyTwoInputs(Sound, name="looks_at_thirty_two_inputs"):
         return super().delta_output(site, {**t, "A": t["A"][:, :32]}, x[..., :32], y)
 
 
-@caught_by("batch_is_its_rows_and_sequence_its_tokens", r"against the batch")
+@caught_by("batch_is_its_rows_and_sequence_its_tokens", r"the end of 1100 tokens")
 class LooksAtThirtyTwoTokens(Sound, name="looks_at_thirty_two_tokens"):
     def delta_output(self, site, t, x, y):
         delta = super().delta_output(site, t, x, y)
@@ -202,7 +209,21 @@ class LooksAtThirtyTwoTokens(Sound, name="looks_at_thirty_two_tokens"):
         return delta
 
 
-@caught_by("batch_is_its_rows_and_sequence_its_tokens", r"against")
+@caught_by("batch_is_its_rows_and_sequence_its_tokens", r"the end of 1100 tokens")
+class LooksAtFiveHundredTokens(Sound, name="looks_at_five_hundred_tokens"):
+    def delta_output(self, site, t, x, y):
+        delta = super().delta_output(site, t, x, y)
+        return delta if x[..., 0].numel() <= 512 else 0 * delta
+
+
+@caught_by("batch_is_its_rows_and_sequence_its_tokens", r"one token of one row")
+class DoublesWhileGenerating(Sound, name="doubles_while_generating"):
+    def delta_output(self, site, t, x, y):
+        delta = super().delta_output(site, t, x, y)
+        return 2 * delta if x.shape[:-1] == (1, 1) else delta
+
+
+@caught_by("batch_is_its_rows_and_sequence_its_tokens", r"the end of 1100 tokens")
 class LooksAtSixtyFourRows(Sound, name="looks_at_sixty_four_rows"):
     def delta_output(self, site, t, x, y):
         rows = super().delta_output(site, t, x, y).reshape(-1, site.d_out)
@@ -221,3 +242,15 @@ class DetachesInLargeLayers(Sound, name="detaches_in_large_layers"):
 class CountsSmallLayersAlone(Sound, name="counts_small_layers_alone"):
     def macs_per_token(self, site):
         return self.r * (min(site.d_in, 32) + min(site.d_out, 32))
+
+
+# --- kinds of layers
+
+
+@caught_by("other_kinds_compute_the_same", r"on Embedding, against the linear layer")
+class ReadsTheModule(Sound, name="reads_the_module"):
+    """The rows' lengths of what the module calls its weight, which are the columns' elsewhere."""
+
+    def delta_output(self, site, t, x, y):
+        weight = site._module.weight
+        return super().delta_output(site, t, x, y) * weight.detach().to(y.dtype)[0].norm()

@@ -169,3 +169,15 @@ class HasATensorThatNothingReads(Sound, name="has_a_tensor_that_nothing_reads"):
 
     def init(self, site, derived, statistics, rng):
         return {**super().init(site, derived, statistics, rng), "m": torch.ones(site.d_in)}
+
+
+@caught_by("start_depends_on_seed_path_and_name_alone", r"\['A'\] from a generator of its own")
+class DrawsAsPublished(Sound, name="draws_as_published"):
+    """Every layer starts alike, because the paper's code says `seed=0`."""
+
+    def init(self, site, derived, statistics, rng):
+        own = torch.Generator().manual_seed(0)
+        return {
+            "A": torch.empty(self.r, site.d_in).normal_(generator=own),
+            "B": torch.zeros(site.d_out, self.r),
+        }

@@ -48,6 +48,15 @@ class ObservesSixtyFourRows(_Observes, name="observes_sixty_four_rows"):
             super().update(x[:64], y[:64])
 
 
+@caught_by("calibration_adds_up_in_half_precision", r"size, from 600 batches in bfloat16")
+class AddsUpInTheDtypeOfX(_Observes, name="adds_up_in_the_dtype_of_x"):
+    class Observer(Sizes):
+        def update(self, x, y):
+            self.sum = self.sum.to(x.dtype) + x.abs().sum(0)
+            self.max = self.max.to(x.dtype) + x.abs().amax(0)
+            self.rows += len(x)
+
+
 @caught_by("calibration_counts_rows_not_batches", r"from the same rows in other batches")
 class AveragesTheBatches(_Observes, name="averages_the_batches"):
     class Observer(Sizes):

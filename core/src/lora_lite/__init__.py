@@ -24,6 +24,7 @@ from lora_lite.author import VariantContractError as VariantContractError
 from lora_lite.author import VariantDefinitionError as VariantDefinitionError
 from lora_lite.author import check_rank as check_rank
 from lora_lite.author import top_r_svd as top_r_svd
+from lora_lite.by_row import adapters_by_row
 from lora_lite.checkpoint import load, save
 from lora_lite.diagnose import Report, check
 from lora_lite.errors import (
@@ -62,6 +63,7 @@ __all__ = [
     "UnknownVariantError",
     "VariantInfo",
     "adapters",
+    "adapters_by_row",
     "attach",
     "check",
     "detach",

@@ -12,7 +12,7 @@ from lora_lite.adapter_state import overwrite_tensors, saved_tensors
 from lora_lite.adapter_text import adapter_text
 from lora_lite.arguments import finite_scale, flag
 from lora_lite.author_mistakes import calling, checked_macs, checked_penalty
-from lora_lite.change import LayerChange
+from lora_lite.change import LayerChange, refuse_experts
 from lora_lite.errors import AdapterError
 from lora_lite.fileformat import FilePath
 from lora_lite.groups import Groups, Rates, parameter_groups
@@ -70,12 +70,12 @@ class Adapter:
     @property
     def macs_per_token(self) -> int:
         """The multiply-accumulates that it adds for each token, in all layers."""
-        return sum(checked_macs(a.variant, "macs_per_token", site) for a, site, _ in self._each())
+        return sum(checked_macs(a.methods, "macs_per_token", site) for a, site, _ in self._each())
 
     @property
     def macs_per_forward(self) -> int:
         """The multiply-accumulates that it adds once in each forward pass, in all layers."""
-        return sum(checked_macs(a.variant, "macs_per_forward", site) for a, site, _ in self._each())
+        return sum(checked_macs(a.methods, "macs_per_forward", site) for a, site, _ in self._each())
 
     def __repr__(self) -> str:
         return adapter_text(self)
@@ -111,7 +111,7 @@ class Adapter:
             for attachment, site, t in self._each():
                 values = {name: whole(tensor) for name, tensor in t.items()}
                 with calling(attachment.variant, "project", site.path):
-                    attachment.variant.project(site, values)
+                    attachment.methods.project(site, values)
                 for name, tensor in t.items():
                     if values[name] is not tensor:  # it is sharded
                         overwrite(tensor, values[name])
@@ -134,7 +134,7 @@ class Adapter:
         for attachment, site, t in self._each():
             values = {name: whole(tensor) for name, tensor in t.items()}
             with calling(attachment.variant, "penalty", site.path):
-                penalty = attachment.variant.penalty(site, values)
+                penalty = attachment.methods.penalty(site, values)
             penalty = checked_penalty(attachment.variant, penalty, site.path)
             if penalty is not None:
                 penalties.append(penalty)
@@ -338,6 +338,7 @@ class Adapter:
         """What it changes at each layer."""
         self.verify()
         for path, attachment in self._attached().attachments.items():
+            refuse_experts(attachment)
             yield LayerChange(attachment, self._modules[path])
 
     def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:

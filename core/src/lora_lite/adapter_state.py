@@ -31,7 +31,7 @@ def saved_tensors(adapter: Adapter, derived: bool) -> dict[str, Tensor]:
         stored = {name: whole(value.detach()) for name, value in t.items()}
         refuse_shards(adapter.name, site.path, attachment.specs, stored)
         with calling(attachment.variant, "state_dict", site.path):
-            given = attachment.variant.state_dict(site, stored)
+            given = attachment.methods.state_dict(site, stored)
         saved = checked_tensors(attachment.variant, "state_dict", given, site.path)
         for name, value in saved.items():
             if f"{site.path}.{name}" not in left_out:

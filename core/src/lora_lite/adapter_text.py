@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from lora_lite.find import numbers_in
+from lora_lite.site import LayerSpec
 
 if TYPE_CHECKING:
     from lora_lite.adapter import Adapter
@@ -16,9 +19,10 @@ def adapter_text(adapter: Adapter) -> str:
     state = adapter._state
     if not state.attachments:
         return f"Adapter({adapter.name!r}: {state.recipe}, detached)"
+    attached = state.attachments.items()
     names = Counter(path.rpartition(".")[2] for path in adapter.sites)
     counts = ", ".join(f"{name} x {count}" for name, count in names.items())
-    adapted = sum(each.layer.d_in * each.layer.d_out for each in state.attachments.values())
+    adapted = sum(_numbers(each.layer, adapter._modules[path]) for path, each in attached)
     share = 100 * adapted / max(1, numbers_in(adapter._root))
     frozen = sum(tensor.numel() for _, spec, tensor in adapter._tensors() if not spec.trainable)
     switched = "" if state.is_active else ", disabled"
@@ -29,3 +33,8 @@ def adapter_text(adapter: Adapter) -> str:
         f"  MACs        {adapter.macs_per_token:,} a token, "
         f"{adapter.macs_per_forward:,} a forward)"
     )
+
+
+def _numbers(layer: LayerSpec, module: nn.Module) -> int:
+    """How many numbers the weight of a layer holds, were it dense."""
+    return layer.kind.count(module) * layer.d_in * layer.d_out

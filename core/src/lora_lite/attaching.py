@@ -23,7 +23,7 @@ from lora_lite.errors import AdapterError, TargetError
 from lora_lite.hooks import AdapterState
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.magnitudes import not_finite
-from lora_lite.modules import named_modules, root_of
+from lora_lite.modules import layer_modules, root_of
 from lora_lite.notices import tell_frozen, tell_zero_weights
 from lora_lite.placements import Placement, place, plan
 from lora_lite.registry import (
@@ -147,7 +147,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
             layer that an adapter is on was replaced or removed.
     """
     root = adapted_root(model)
-    modules = dict(named_modules(root))
+    modules = layer_modules(root)
     for state in _states(root).values():
         refuse_lost_layers(root, state)
     return {name: Adapter(root, state, modules) for name, state in _states(root).items()}
@@ -245,10 +245,10 @@ def _start(
         site, variant, path = placement.site, placement.variant, placement.path
         rng = partial(_generator, state.seed, state.name, path)
         with calling(variant, "derive", path):
-            given = variant.derive(site)
+            given = placement.methods.derive(site)
         derived = checked_tensors(variant, "derive", given, path)
         with calling(variant, "init", path):
-            given = variant.init(site, derived, statistics.get(path, {}), rng)
+            given = placement.methods.init(site, derived, statistics.get(path, {}), rng)
         started = checked_tensors(variant, "init", given, path)
         state.uses_base |= site.weight_was_read and not variant.replaces_weights
         values[path] = start_values(placement, {**derived, **started}, dtype)

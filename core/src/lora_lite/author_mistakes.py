@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lora_lite.errors import VariantContractError
+from lora_lite.per_expert import PerExpert, variant_of
 from lora_lite.site import Site
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Variant
@@ -60,15 +61,16 @@ def contract_error(
     )
 
 
-def checked_specs(variant: Variant, site: Site) -> dict[str, TensorSpec]:
+def checked_specs(methods: Variant | PerExpert, site: Site) -> dict[str, TensorSpec]:
     """What `tensors` declares for a site.
 
     Raises:
         SiteError: the variant does not fit the site.
         VariantContractError: it declares no tensor, or something that is no `TensorSpec`.
     """
+    variant = variant_of(methods)
     with calling(variant, "tensors", site.path):
-        specs = variant.tensors(site)
+        specs = methods.tensors(site)
     if not isinstance(specs, dict) or not specs:
         raise contract_error(
             variant, "tensors", f"returns {specs!r}", site.path, "It returns {name: TensorSpec}"
@@ -165,10 +167,11 @@ def checked_delta(
     )
 
 
-def checked_macs(variant: Variant, method: str, site: Site) -> int:
+def checked_macs(methods: Variant | PerExpert, method: str, site: Site) -> int:
     """What `macs_per_token` or `macs_per_forward` tells, a whole number of at least 0."""
+    variant = variant_of(methods)
     with calling(variant, method, site.path):
-        macs: Any = getattr(variant, method)(site)
+        macs: Any = getattr(methods, method)(site)
     if not isinstance(macs, int) or macs < 0:
         raise contract_error(
             variant, method, f"returns {macs!r}", site.path, "It returns a whole number"

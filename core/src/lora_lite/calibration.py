@@ -12,6 +12,7 @@ from lora_lite.errors import CalibrationError
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import layer_input
 from lora_lite.masks import Masks
+from lora_lite.per_expert import PerExpert
 from lora_lite.placements import Placement
 from lora_lite.variant import Observer
 
@@ -38,6 +39,8 @@ class Calibration:
         self.observers: dict[str, Observer] = {}
         self.modules: dict[str, nn.Module] = {}
         for placement in placements:
+            if isinstance(placement.methods, PerExpert):
+                continue  # it has refused variants that observe
             with calling(placement.variant, "observe", placement.path):
                 observer = placement.variant.observe(placement.site)
             if observer is not None and not placement.layer.kind.forms_rows:

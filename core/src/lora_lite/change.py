@@ -11,8 +11,21 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from lora_lite.errors import AdapterError
+from lora_lite.experts import ExpertStack
 from lora_lite.hooks import Attachment
 from lora_lite.site import Site
+
+
+def refuse_experts(attachment: Attachment) -> None:
+    """An error for an adapter on the experts of a mixture, which are many layers in one."""
+    if isinstance(attachment.layer.kind, ExpertStack):
+        raise AdapterError(
+            f"{attachment.layer.path} holds the experts of a mixture; their changes cannot be "
+            "written as factors or merged yet",
+            fix="adapter.save(path) keeps them in lora-lite's own format",
+            layer=attachment.layer.path,
+        )
 
 
 class LayerChange:

@@ -306,7 +306,7 @@ def _derive(
     derived: dict[str, Tensor] = {}
     for placement in placements:
         with calling(placement.variant, "derive", placement.path):
-            given = placement.variant.derive(placement.site)
+            given = placement.methods.derive(placement.site)
         for name, value in checked_tensors(
             placement.variant, "derive", given, placement.path
         ).items():

@@ -7,11 +7,12 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from lora_lite.experts import ExpertStack, expert_stacks
 from lora_lite.hooked import hooks_of
 from lora_lite.kinds import refusal
 from lora_lite.layers import LayerKind, looks_linear
@@ -53,7 +54,7 @@ class Layer:
     def numbers(self) -> int:
         """How many numbers its weight holds, were it dense."""
         if self.kind is not None:
-            return math.prod(self.kind.shape(self.module))
+            return self.kind.count(self.module) * math.prod(self.kind.shape(self.module))
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     @property
@@ -66,9 +67,19 @@ class Layer:
         """Whether it has a weight matrix, or looks as if it had one."""
         return self.kind is None or self.kind.has_matrix
 
+    @property
+    def holds_experts(self) -> bool:
+        """Whether it is a parameter that holds the experts of a mixture."""
+        return isinstance(self.kind, ExpertStack)
+
     def takes(self, variant: Variant) -> bool:
-        """Whether a variant can go to layers of this kind at all."""
-        return self.has_matrix or variant.replaces_weights
+        """Whether a variant can go to layers of this kind at all.
+
+        A variant that replaces the parameters of a layer replaces all experts as one module.
+        """
+        if variant.replaces_weights:
+            return not self.holds_experts
+        return self.has_matrix
 
     def has_path_like(self, pattern: re.Pattern[str]) -> bool:
         """Whether `pattern` is found in one of the paths."""
@@ -124,7 +135,7 @@ def find_layers(modules: Modules, *, whole: bool = False) -> list[Layer]:
         modules: all modules of the model under all of their paths, as `named_modules` gives them.
         whole: whether to list modules without a weight matrix as well.
     """
-    paths_of: dict[nn.Module, list[str]] = {}
+    paths_of: dict[tuple[nn.Module, LayerKind | None], list[str]] = {}
     kinds: dict[nn.Module, LayerKind | None] = {}
     never_called: set[nn.Module] = set()
     for path, module in modules:
@@ -136,22 +147,34 @@ def find_layers(modules: Modules, *, whole: bool = False) -> list[Layer]:
             if whole and path and kinds[module] is None and not looks_linear(module):
                 kinds[module] = _as_whole(module)
         if kinds[module] is not None or looks_linear(module):
-            paths_of.setdefault(module, []).append(path)
+            paths_of.setdefault((module, kinds[module]), []).append(path)
+        for name, kind in expert_stacks(module).items():
+            paths_of.setdefault((module, kind), []).append(f"{path}.{name}".lstrip("."))
     blocks = _block_lists(modules)
     return [
         Layer(
             module=module,
-            kind=kinds[module],
+            kind=kind,
             paths=tuple(paths),
             blocks=_block_indices(paths, blocks),
             is_called=module not in never_called,
         )
-        for module, paths in paths_of.items()
+        for (module, kind), paths in paths_of.items()
     ]
 
 
-def kind_for(module: nn.Module, variant: Variant) -> LayerKind | None:
-    """The kind of a module, for a variant to be attached to it; None if it cannot be."""
+def kind_at(path: str, modules: Mapping[str, nn.Module], variant: Variant) -> LayerKind | None:
+    """The kind of a layer, for a variant to be attached to it; None if it cannot be.
+
+    Args:
+        path: of the layer.
+        modules: as `layer_modules` gives them.
+        variant: to be attached.
+    """
+    module = modules[path]
+    holder, _, name = path.rpartition(".")
+    if modules.get(holder) is module and name in expert_stacks(module):
+        return expert_stacks(module)[name]
     kind = kind_of(module)
     if kind is None and variant.replaces_weights and not looks_linear(module):
         return _as_whole(module)
@@ -213,7 +236,7 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
         modules: as for `find_layers`.
         layers: what `find_layers` found.
     """
-    done = {layer.module for layer in layers if layer.has_matrix}
+    done = {layer.module for layer in layers if layer.has_matrix and not layer.holds_experts}
     block_lists = _block_lists(modules)
     for path, module in modules:
         if module in done:
@@ -223,8 +246,9 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
         # Of torch, only attention holds projections that a user may take for layers.
         is_layer = _is_from_torch(module) or bool(reason)
         is_bare = not is_layer or isinstance(module, nn.MultiheadAttention)
+        experts = expert_stacks(module)
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim >= 2:
+            if parameter is not None and parameter.ndim >= 2 and name not in experts:
                 yield OtherWeight(
                     path=f"{path}.{name}" if path else name,
                     owner=type(module).__name__ + reason,
@@ -240,7 +264,7 @@ def numbers_in(root: nn.Module) -> int:
     The tensors of adapters are not counted.
     """
     modules = list(named_modules(root))
-    layers = find_layers(modules, whole=True)
+    layers = [layer for layer in find_layers(modules, whole=True) if not layer.holds_experts]
     counted = {path for layer in layers for path in layer.paths}
     others = [weight for weight in find_others(modules, layers) if weight.holder not in counted]
     return sum(layer.numbers for layer in layers) + sum(weight.numbers for weight in others)

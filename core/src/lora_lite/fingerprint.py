@@ -58,8 +58,8 @@ def samples(sites: Mapping[str, Site], count: int) -> dict[str, bytes]:
     """`count` weights of each site at fixed random places, rounded to bfloat16."""
     values = []
     for site in sites.values():
-        rows, columns = _places(site.d_out, site.d_in, count)
         weight = whole(site.weight())
+        rows, columns = _places(*weight.shape, count)
         if weight.device.type != "cpu":
             rows, columns = rows.to(weight.device), columns.to(weight.device)
         values.append(weight[rows, columns].float().cpu())

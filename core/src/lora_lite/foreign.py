@@ -66,7 +66,8 @@ def _explain_file(path: Path) -> str:
 def is_own_file(path: Path) -> bool:
     """Whether a path is a file that names lora-lite in its header, damaged or not."""
     with suppress(OSError, ValueError):
-        return path.is_file() and OWN_KEY in _header(path).get("__metadata__", {})
+        metadata = _header(path).get("__metadata__") if path.is_file() else None
+        return isinstance(metadata, dict) and OWN_KEY in metadata
     return False
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from lora_lite.experts import expert_stacks
 from lora_lite.hooks import LayerHooks
+from lora_lite.stand_in import ExpertHooks
 
 # Where torch keeps the hooks of a module, and what it notes of them.
 HOOKS = (
@@ -37,10 +39,13 @@ def hook_layer(module: nn.Module) -> LayerHooks:
     """The adapter hooks on a layer, put there if it has none."""
     hooks = hooks_of(module)
     if hooks is None:
-        hooks = LayerHooks()
+        has_experts = bool(expert_stacks(module))
+        hooks = ExpertHooks() if has_experts else LayerHooks()
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
         # Ahead of the hooks that are there, so that users' own hooks see the adapted y.
-        module.register_forward_hook(hooks.after, with_kwargs=True, prepend=True)
+        module.register_forward_hook(
+            hooks.after, with_kwargs=True, prepend=True, always_call=has_experts
+        )
     return hooks
 
 

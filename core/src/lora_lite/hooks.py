@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from lora_lite.author_mistakes import RESERVED, calling, checked_delta, checked_prepared
 from lora_lite.errors import AdapterError
-from lora_lite.layers import layer_input
+from lora_lite.layers import layer_input, with_input
+from lora_lite.per_expert import PerExpert, methods_for
 from lora_lite.recipe import Recipe
+from lora_lite.row_selection import RowSelection
 from lora_lite.site import LayerSpec, Site
 from lora_lite.tensor_spec import TensorSpec
-from lora_lite.variant import ScaledVariant, Variant, overrides
+from lora_lite.variant import ScaledVariant, Tensors, Variant, overrides
 
 
 @dataclass(eq=False)
@@ -41,6 +43,7 @@ class AdapterState:
         enabled: whether the user has it on.
         is_active: whether it is on and nothing has disabled it for a while.
         is_frozen: whether what `prepare` returns may be used again.
+        selection: the rows of the batch that it is for; None for all of them.
         attachments: by the path of the layer; empty once it is detached.
     """
 
@@ -55,6 +58,7 @@ class AdapterState:
     enabled: bool = True
     is_active: bool = True
     is_frozen: bool = False
+    selection: RowSelection | None = None
     attachments: "dict[str, Attachment]" = field(default_factory=dict)
     _disabling: set[object] = field(default_factory=set)
     _freezing: set[object] = field(default_factory=set)
@@ -88,8 +92,8 @@ class AdapterState:
                 attachment.prepared.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no context: it is neither disabled nor frozen."""
-        fresh = {"_disabling": set(), "_freezing": set(), "is_frozen": False}
+        """A copy is in no context: it is neither disabled nor frozen, and is for all rows."""
+        fresh = {"_disabling": set(), "_freezing": set(), "is_frozen": False, "selection": None}
         return {**self.__dict__, **fresh, "is_active": self.enabled}
 
 
@@ -116,10 +120,16 @@ class Attachment:
         self.prepares = overrides(cls, "prepare")
         self.has_input_delta = overrides(cls, "delta_input")
         self.has_output_delta = overrides(cls, "delta_output")
-        self.keys = {name: attribute(self.state.name, name) for name in self.specs}
+        tensor_name = self.layer.kind.tensor_name
+        self.keys = {name: attribute(self.state.name, tensor_name(name)) for name in self.specs}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prepared": {}}
+
+    @property
+    def methods(self) -> Variant | PerExpert:
+        """The variant's methods for this layer."""
+        return methods_for(self.variant, self.layer.kind)
 
     @property
     def adds_to_input(self) -> bool:
@@ -138,7 +148,59 @@ class Attachment:
     def input_delta(self, module: nn.Module, x: Tensor) -> Tensor:
         """S Δx, for the layer's input."""
         site = Site(self.layer, module)
-        t = self._tensors(module, site, x)
+        return self.delta_input(site, self._tensors(module, site, x), x)
+
+    def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """S Δy, for the layer's output."""
+        site = Site(self.layer, module)
+        return self.delta_output(site, self._tensors(module, site, y), x, y)
+
+    def add_to_input(self, module: nn.Module, x: Tensor, total: Tensor) -> Tensor:
+        """`total`, with s Δx of the layer's input x added: in all rows, or in the adapter's own."""
+        selection = self.state.selection
+        if selection is None:
+            return total + self.input_delta(module, x)
+        index = selection.index(x, self.layer.path)
+        return total.index_add(0, index, self.input_delta(module, x[index]))
+
+    def add_to_output(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Tensor,
+        total: Tensor,
+    ) -> Tensor:
+        """`total`, with s Δy added: in all rows, or in the adapter's own.
+
+        Args:
+            module: the layer.
+            args: that it was called with, after all input deltas.
+            kwargs: likewise.
+            y: what the base gave for them.
+            total: y, and what other adapters have added.
+        """
+        selection = self.state.selection
+        if selection is None:
+            return total + self._layout_delta(module, args, kwargs, y)
+        if not self.layer.kind.has_matrix:
+            selection.refuse_whole(self.layer.path, len(args) + len(kwargs))
+        x = layer_input(args, kwargs)
+        index = selection.index(x, self.layer.path)
+        args, kwargs = with_input(x[index], args, kwargs)
+        return total.index_add(0, index, self._layout_delta(module, args, kwargs, y[index]))
+
+    def _layout_delta(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor:
+        """S Δy, in the layout of the layer's output."""
+        kind = self.layer.kind
+        y_rows = kind.to_rows(module, y)
+        x_rows = kind.rows_of(module, args, kwargs, y_rows)
+        return kind.from_rows(module, self.output_delta(module, x_rows, y_rows), y)
+
+    def delta_input(self, site: Site, t: Tensors, x: Tensor) -> Tensor:
+        """S Δx, from the tensors as the deltas read them."""
         with _calling(self.variant, "delta_input"):
             if self.variant.takes_scale:
                 scaled = cast(ScaledVariant, self.variant)
@@ -147,10 +209,8 @@ class Attachment:
                 delta = self.variant.delta_input(site, t, x)
         return self._times_scale(checked_delta(self.variant, "delta_input", delta, x))
 
-    def output_delta(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """S Δy, for the layer's output."""
-        site = Site(self.layer, module)
-        t = self._tensors(module, site, y)
+    def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """S Δy, from the tensors as the deltas read them."""
         with _calling(self.variant, "delta_output"):
             if self.variant.takes_scale:
                 scaled = cast(ScaledVariant, self.variant)
@@ -251,10 +311,10 @@ class LayerHooks:
         if not active:
             return None
         x = layer_input(args, kwargs)
-        x = sum([each.input_delta(module, x) for each in active], start=x)
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): x}
+        changed = x
+        for each in active:
+            changed = each.add_to_input(module, x, changed)
+        return with_input(changed, args, kwargs)
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
@@ -263,11 +323,10 @@ class LayerHooks:
         active = [each for each in self.attachments if each.adds_to_output]
         if not active:
             return None
-        kind = active[0].layer.kind
-        y_rows = kind.to_rows(module, y)
-        x_rows = kind.rows_of(module, args, kwargs, y_rows)
-        deltas = [each.output_delta(module, x_rows, y_rows) for each in active]
-        return sum([kind.from_rows(module, delta, y) for delta in deltas], start=y)
+        changed = y
+        for each in active:
+            changed = each.add_to_output(module, args, kwargs, y, changed)
+        return changed
 
 
 def attribute(adapter: str, tensor: str) -> str:

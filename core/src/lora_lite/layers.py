@@ -64,6 +64,18 @@ class LayerKind(ABC):
         """The dtype in which the layer computes."""
         return self.weight(module).dtype
 
+    def count(self, module: nn.Module) -> int:
+        """How many matrices of this shape the layer has; 1, but for the experts of a mixture."""
+        return 1
+
+    def stored_weight(self, module: nn.Module) -> Tensor | None:
+        """The parameter that holds W, if there is one."""
+        return module._parameters.get("weight")
+
+    def tensor_name(self, tensor: str) -> str:
+        """What a variant's tensor is called among all those on the module."""
+        return tensor
+
     def matmul(self, module: nn.Module, m: Tensor) -> Tensor:
         """M Wᵀ for M of shape (k, d_in): shape (k, d_out)."""
         return m @ self.weight(module).detach().to(m.dtype).T
@@ -168,6 +180,15 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """x, from what a linear layer was called with: its only argument, which may be a keyword."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
+
+
+def with_input(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a linear layer was called with, with another x."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
 
 
 def is_dtensor(tensor: object) -> bool:

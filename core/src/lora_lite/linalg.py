@@ -98,7 +98,8 @@ def _power_of_two(w: Tensor, layer: str) -> float:
 
     0 for a W of zeros.
     """
-    largest = float(w.abs().max())
+    lowest, highest = torch.aminmax(w)
+    largest = max(-float(lowest), float(highest))
     if not math.isfinite(largest):
         raise AdapterError(
             f"the weight of {layer or 'a layer'} has entries that are infinite or not a number",

@@ -15,12 +15,12 @@ from lora_lite.author_mistakes import calling
 from lora_lite.base import Base
 from lora_lite.errors import AdapterFileError, MisfitError
 from lora_lite.fileformat import FilePath
-from lora_lite.find import find_layers, kind_for
+from lora_lite.find import find_layers, kind_at
 from lora_lite.formats import ForeignAdapter, Format
 from lora_lite.hooks import AdapterState
 from lora_lite.layers import class_name, looks_linear
 from lora_lite.missing import refuse_missing
-from lora_lite.modules import named_modules, root_of
+from lora_lite.modules import layer_modules, named_modules, root_of
 from lora_lite.placements import Placement, place
 from lora_lite.recipe import Recipe
 from lora_lite.registry import CHANGING, install, open_model, release_changing, undo
@@ -73,7 +73,7 @@ def _with_derived(placement: Placement, tensors: Tensors) -> dict[str, torch.Ten
     if not missing:
         return dict(tensors)
     with calling(placement.variant, "derive", placement.path):
-        derived = placement.variant.derive(placement.site)
+        derived = placement.methods.derive(placement.site)
     return {**tensors, **{name: derived[name] for name in missing}}
 
 
@@ -91,9 +91,9 @@ def placed(
     """
     if not variants:
         raise AdapterFileError(f"{path} adapts no layer", path=str(path))
-    modules = dict(named_modules(root))
+    modules = layer_modules(root)
     refuse_missing(path, root, variants, modules)
-    kinds = {where: kind_for(modules[where], variant) for where, variant in variants.items()}
+    kinds = {where: kind_at(where, modules, variant) for where, variant in variants.items()}
     other = [w for w, kind in kinds.items() if kind is None and not looks_linear(modules[w])]
     if other:
         raise AdapterFileError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lite.errors import AdapterError
 from lora_lite.hooks import AdapterState, Attachment
-from lora_lite.modules import named_modules
+from lora_lite.modules import layer_modules
 
 
 def refuse_lost_layers(
@@ -26,7 +26,7 @@ def refuse_lost_layers(
     Raises:
         AdapterError: it names the layer.
     """
-    now = dict(named_modules(root))
+    now = layer_modules(root)
     for path, attachment in state.attachments.items():
         before = modules[path] if modules is not None else now.get(path)
         problem = _problem(now.get(path), before, attachment)

@@ -26,7 +26,7 @@ def largest_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     largest: dict[str, float] = {}
     for names in alike.values():
         for chunk in _chunks(names, tensors[names[0]].numel()):
-            sizes = _largest([tensors[name].detach() for name in chunk])
+            sizes = _largest([tensors[name] for name in chunk])
             largest.update(zip(chunk, sizes, strict=True))
     return largest
 
@@ -43,6 +43,7 @@ def _chunks(names: Sequence[str], numbers: int) -> Iterator[Sequence[str]]:
         yield names[start : start + count]
 
 
+@torch.no_grad()
 def _largest(tensors: Sequence[Tensor]) -> list[float]:
     """Of tensors of one shape, dtype and device."""
     together = tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lora_lite.arguments import checked_model
+from lora_lite.experts import expert_stacks
 
 # Of torch.compile, of activation checkpointing, and of FSDP1.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -30,6 +31,16 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         modules = module._modules
         if not any(name in modules for name in WRAPPERS):
             yield plain_path(path), module
+
+
+def layer_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """The module at every path at which an adapter can be: every module, and every parameter that
+    holds the experts of a mixture.
+    """
+    found = dict(named_modules(root))
+    for path, module in list(found.items()):
+        found.update((f"{path}.{name}".lstrip("."), module) for name in expert_stacks(module))
+    return found
 
 
 def compiled_modules(root: nn.Module) -> set[nn.Module]:

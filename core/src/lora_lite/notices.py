@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from lora_lite.expert_attachment import ExpertAttachment
 from lora_lite.find import Layer
 from lora_lite.hooked import hooks_of
-from lora_lite.hooks import AdapterState
-from lora_lite.modules import compiled_modules, named_modules, plain_path
+from lora_lite.hooks import AdapterState, Attachment
+from lora_lite.modules import compiled_modules, layer_modules, plain_path
 from lora_lite.output_head import output_heads
 from lora_lite.placements import Plan
 from lora_lite.reach import hold_much
@@ -34,12 +35,21 @@ def tell_frozen(root: nn.Module, plan: Plan, trainable: Mapping[str, bool]) -> N
     """
     chosen = {placement.path for placement in plan.placements}
     if plan._choice.by_default:
-        experts = [weight for weight in plan._others if weight.is_bare and weight.in_blocks]
-        if hold_much(experts, plan._layers, plan._others):
+        bare = [weight for weight in plan._others if weight.is_bare and weight.in_blocks]
+        if hold_much(bare, plan._layers, plan._others):
             warn(
                 "these weights stay frozen, and they are a large part of the model",
-                [str(weight) for weight in experts],
+                [str(weight) for weight in bare],
                 "They are bare parameters that hooks do not reach. targets= silences this",
+            )
+        experts = [layer for layer in plan._layers if layer.holds_experts and layer.blocks]
+        experts = [layer for layer in experts if layer.path not in chosen]
+        if hold_much(experts, plan._layers, plan._others):
+            warn(
+                "the experts stay frozen, and they are a large part of the model",
+                [layer.path for layer in experts],
+                "targets= adapts them as well, expert by expert: r'_proj$' is every projection, "
+                "experts included; any targets= silences this",
             )
     elif plan._choice.passed_over:
         warn(
@@ -128,14 +138,26 @@ def tell_uncalled(root: nn.Module, states: Iterable[AdapterState]) -> None:
 
 def uncalled_layers(root: nn.Module, states: Iterable[AdapterState]) -> list[str]:
     """The paths of adapted layers whose hooks have never run, as far as can be known."""
-    paths = {path for state in states for path in state.attachments}
-    compiled = compiled_modules(root)
-    uncalled = []
-    for path, module in named_modules(root):
-        hooks = hooks_of(module) if path in paths else None
-        if hooks is not None and not hooks.was_called and module not in compiled:
-            uncalled.append(path)
-    return uncalled
+    modules, compiled = layer_modules(root), compiled_modules(root)
+    uncalled: dict[str, None] = {}
+    for state in states:
+        for path, attachment in state.attachments.items():
+            module = modules.get(path)
+            if (
+                module is not None
+                and module not in compiled
+                and not _was_called(module, attachment)
+            ):
+                uncalled[path] = None
+    return list(uncalled)
+
+
+def _was_called(module: nn.Module, attachment: Attachment) -> bool:
+    """Whether an adapter's hooks on a layer have run, as far as can be known."""
+    if isinstance(attachment, ExpertAttachment):
+        return attachment.was_read
+    hooks = hooks_of(module)
+    return hooks is None or hooks.was_called
 
 
 # --- at saving

@@ -21,6 +21,7 @@ from lora_lite.errors import LayerKindError, MisfitError, SiteError
 from lora_lite.find import Layer, OtherWeight, find_layers, find_others
 from lora_lite.layers import LayerKind, class_name
 from lora_lite.modules import named_modules, root_of
+from lora_lite.per_expert import PerExpert, methods_for
 from lora_lite.plan_table import plan_table
 from lora_lite.recipe import Recipe, make_recipe
 from lora_lite.site import LayerSpec, Site
@@ -50,6 +51,11 @@ class Placement:
         return Site(self.layer, self.module)
 
     @property
+    def methods(self) -> Variant | PerExpert:
+        """The variant's methods for this layer."""
+        return methods_for(self.variant, self.layer.kind)
+
+    @property
     def parameters(self) -> int:
         """The number of trainable parameters."""
         trainable = (spec for spec in self.specs.values() if spec.trainable)
@@ -58,12 +64,12 @@ class Placement:
     @property
     def macs_per_token(self) -> int:
         """The multiply-accumulates that the adapter adds for each token."""
-        return checked_macs(self.variant, "macs_per_token", self.site)
+        return checked_macs(self.methods, "macs_per_token", self.site)
 
     @property
     def macs_per_forward(self) -> int:
         """The multiply-accumulates that the adapter adds once in each forward pass."""
-        return checked_macs(self.variant, "macs_per_forward", self.site)
+        return checked_macs(self.methods, "macs_per_forward", self.site)
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ def place(
             misfits[path] = f"{path} ({type(module).__name__}): {variant.name} {problem}"
             continue
         try:
-            specs = checked_specs(variant, Site(layer, module))
+            specs = checked_specs(methods_for(variant, kind), Site(layer, module))
         except SiteError as error:
             misfits[path] = f"{path} ({layer.d_in} -> {layer.d_out}): {variant.name}: {error}"
         else:

@@ -40,7 +40,8 @@ T = TypeVar("T")
 
 _manager = pluggy.PluginManager("lora_lite")
 _manager.add_hookspecs(hookspecs)
-for _kind in kinds.BUILT_IN:
+# pluggy asks the last one first, and most layers are of the first kind.
+for _kind in reversed(kinds.BUILT_IN):
     _manager.register(_kind, name=type(_kind).__name__)
 
 # Held while a plugin is registered, never while one is imported: another thread could be waiting

@@ -16,7 +16,7 @@ EXPERTS = (
 
 
 def hold_much(
-    weights: Iterable[OtherWeight], found: Sequence[Layer], others: Sequence[OtherWeight]
+    weights: Iterable[OtherWeight | Layer], found: Sequence[Layer], others: Sequence[OtherWeight]
 ) -> bool:
     """Whether some weights are more than a tenth of all weights in the repeated blocks."""
     size = _numbers(weights)
@@ -61,7 +61,7 @@ def _common_name(weights: Sequence[OtherWeight]) -> str:
     return names.pop() if len(names) == 1 else re.escape(weights[0].path)
 
 
-def _numbers(weights: Iterable[OtherWeight]) -> int:
+def _numbers(weights: Iterable[OtherWeight | Layer]) -> int:
     return sum(weight.numbers for weight in weights)
 
 

@@ -21,14 +21,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lite.compiled import forget_compiled, look_at_hooks
 from lora_lite.errors import AdapterError
+from lora_lite.expert_attachment import attachment_class
 from lora_lite.find import Layer
 from lora_lite.hooked import hook_layer, hooks_of, unhook
-from lora_lite.hooks import AdapterState, Attachment
+from lora_lite.hooks import AdapterState
 from lora_lite.layers import LayerKind
 from lora_lite.modules import named_modules, plain_path, root_of
 from lora_lite.notices import tell_uncalled
 from lora_lite.placements import Placement
 from lora_lite.resume import add_marker, refuse_other_state, remove_marker, tell_if_saved_whole
+from lora_lite.stand_in import ExpertHooks
 from lora_lite.statistics import restore_statistics, running_statistics
 from lora_lite.variant import Tensors
 from lora_lite.wrapped import refuse_wrapped
@@ -176,7 +178,9 @@ def install(
     assert registry is not None
     registry.adapters[state.name] = state
     for placement in placements:
-        attachment = Attachment(state, placement.layer, placement.variant, dict(placement.specs))
+        attachment = attachment_class(placement.layer.kind)(
+            state, placement.layer, placement.variant, dict(placement.specs)
+        )
         state.attachments[placement.path] = attachment
         module = placement.module
         for name, key in attachment.keys.items():
@@ -261,6 +265,8 @@ def _clean(module: nn.Module, state: AdapterState, keys: Iterable[str]) -> None:
     remove_marker(module, state)
     hooks = hooks_of(module)
     if hooks is not None:
+        if isinstance(hooks, ExpertHooks):
+            hooks.leave(module)
         hooks.remove(state)
         if not hooks.attachments:
             unhook(module, hooks)

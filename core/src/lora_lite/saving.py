@@ -25,7 +25,7 @@ from lora_lite.hooks import AdapterState
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.magnitudes import not_finite
 from lora_lite.metadata import Configuration, Metadata
-from lora_lite.modules import named_modules, plain_path
+from lora_lite.modules import layer_modules, plain_path
 from lora_lite.notices import (
     still_at_start,
     tell_idle,
@@ -175,7 +175,7 @@ def _tell(root: nn.Module, state: AdapterState) -> None:
 def _unchanged(root: nn.Module, state: AdapterState) -> Sequence[str]:
     """The layers whose parameters are still at their start, by path."""
     unchanged = []
-    modules = dict(named_modules(root))
+    modules = layer_modules(root)
     for path, attachment in state.attachments.items():
         stored = attachment.stored(modules[path])
         trainable = [stored[name] for name, spec in attachment.specs.items() if spec.trainable]

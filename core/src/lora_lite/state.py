@@ -160,9 +160,9 @@ def _unpack_one(placement: Placement, saved: Tensors) -> tuple[dict[str, Tensor]
     """The stored tensors of one layer, and what is wrong with them."""
     path, variant = placement.path, placement.variant
     try:
-        given = variant.load_state_dict(placement.site, saved)
+        given = placement.methods.load_state_dict(placement.site, saved)
         values = checked_tensors(variant, "load_state_dict", given, path)
-        used = values.keys() | variant.state_dict(placement.site, values).keys()
+        used = values.keys() | placement.methods.state_dict(placement.site, values).keys()
     except Exception as error:  # a variant's own code, on a file of any content
         reason = f"{type(error).__name__}: {error}"
         return {}, [f"{path}.*: {variant.name} cannot read {sorted(saved)}: {reason}"]

@@ -32,7 +32,7 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
     for placement in placements:
         _refuse_absent(placement)
         _refuse_taken(placement, name)
-        weight = placement.module._parameters.get("weight")
+        weight = placement.layer.kind.stored_weight(placement.module)
         if weight is not None and not is_dtensor(weight):
             _refuse_empty(placement.path, weight)
             weights[placement.path] = weight
@@ -88,7 +88,7 @@ def _refuse_taken(placement: Placement, name: str) -> None:
     """A layer that has an attribute where a tensor of the adapter would go."""
     module = placement.module
     for tensor in placement.specs:
-        key = attribute(name, tensor)
+        key = attribute(name, placement.layer.kind.tensor_name(tensor))
         if key in module._parameters or key in module._buffers or key in module.__dict__:
             raise AdapterError(
                 f"{placement.path} has an attribute {key!r} already",

@@ -78,8 +78,10 @@ class Case:
         return case
 
     def roomier(self) -> Case | None:
-        """The case without sizes of one, on a layer three times as wide (what is odd stays odd)."""
-        case = self.but(d_in=3 * self.d_in, d_out=3 * self.d_out)
+        """The case without sizes of one, on a layer three times as wide (what is odd stays odd),
+        with other numbers: what has an effect may be taken back by chance.
+        """
+        case = self.but(d_in=3 * self.d_in, d_out=3 * self.d_out, seed=self.seed + 1)
         for name in self.whole_numbers():
             if getattr(self.variant, name) == 1:
                 case = case.with_fields(**{name: 3}) or case.with_fields(**{name: 2}) or case

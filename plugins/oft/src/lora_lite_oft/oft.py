@@ -56,14 +56,14 @@ class OFT(Variant, name="oft"):
         b = self.block(site)
         row, column = torch.triu_indices(b, b, 1, device=t["Q"].device)
         upper = t["Q"].new_zeros(len(t["Q"]), b * b).index_copy(1, row * b + column, t["Q"])
-        upper = upper.unflatten(1, (b, b))
+        upper = upper.reshape(-1, b, b)
         q = upper - upper.mT
         identity = torch.eye(b, dtype=q.dtype, device=q.device)
         return {TURN: -2 * torch.linalg.solve(identity + q, q)}
 
     def delta_input(self, site: Site, t: Tensors, x: Tensor) -> Tensor:
         turn = t[TURN].to(x.dtype)
-        blocks = x.unflatten(-1, (-1, self.block(site)))
+        blocks = x.reshape(*x.shape[:-1], site.d_in // self.block(site), self.block(site))
         return torch.einsum("...ib,ibc->...ic", blocks, turn).flatten(-2).to(x.dtype)
 
     def macs_per_token(self, site: Site) -> int:

@@ -17,6 +17,8 @@ from lora_lite.testing.promise import promise
 
 ROWS = 64
 FEW, MANY = 8, 40
+# Batches of two rows: so many that a sum in bfloat16, which has 8 bits, no longer grows.
+SMALL_BATCHES = 600
 TRIES = 4
 # Between start values from the same rows in other batches. A wrong weight is far larger.
 REGROUPED = 0.1
@@ -99,6 +101,30 @@ def calibration_takes_any_rows(case: Case) -> None:
             return
     for name, value in start.items():
         finite(value, f"the start of {name}, from an input that is always zero")
+
+
+@promise(examples=1)
+def calibration_adds_up_in_half_precision(case: Case) -> None:
+    """In a bfloat16 model the statistics are those of the same numbers in float32.
+
+    Usually broken by sums that are kept in the dtype of x: in bfloat16, 256 + 1 is 256.
+    """
+    if not _observes(case):
+        return
+    site = case.site(case.model())
+    half, full = case.variant.observe(site), case.variant.observe(site)
+    assert half is not None
+    assert full is not None
+    x = case.inputs(2 * SMALL_BATCHES, seed=70).bfloat16()
+    with torch.no_grad():
+        y = case.model().layer(x.to(case.dtype)).bfloat16()
+        for i in range(0, len(x), 2):
+            half.update(x[i : i + 2], y[i : i + 2])
+            full.update(x[i : i + 2].float(), y[i : i + 2].float())
+    expected = full.result()
+    for name, value in half.result().items():
+        what = f"{name}, from {SMALL_BATCHES} batches in bfloat16"
+        close(value.float(), expected[name].float(), what, tolerance=REGROUPED)
 
 
 @promise(examples=2)

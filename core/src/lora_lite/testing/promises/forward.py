@@ -10,6 +10,9 @@ from lora_lite.testing.case import Case
 from lora_lite.testing.compare import close, differs, finite
 from lora_lite.testing.promise import promise
 
+# A context that a fixed buffer or a limit in a delta is likely to be shorter than.
+MANY_TOKENS = 1100
+
 
 @promise(examples=15)
 def output_is_of_the_bases_kind(case: Case) -> None:
@@ -56,10 +59,14 @@ def batch_is_its_rows_and_sequence_its_tokens(case: Case) -> None:
         flat = layer(x.reshape(-1, case.d_in)).reshape(whole.shape)
         close(flat, whole, "x of two dimensions, against three")
         close(layer(x[0, 0]), whole[0, 0], "x of one dimension, against three")
+        close(layer(x[:1, :1]), whole[:1, :1], "one token of one row, against the batch")
         close(layer(x[None]), whole[None], "x of four dimensions, against three")
         if case.kind == "Linear":  # Conv1D itself takes contiguous x alone
             swapped = layer(x.transpose(0, 1)).transpose(0, 1)
             close(swapped, whole, "x with swapped leading dimensions")
+        long = case.inputs(1, MANY_TOKENS, seed=5)
+        tail = layer(long)[:, -case.tokens :]
+        close(tail, layer(long[:, -case.tokens :]), f"the end of {MANY_TOKENS} tokens, alone")
 
 
 @promise(examples=8)

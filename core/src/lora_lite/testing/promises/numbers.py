@@ -16,6 +16,8 @@ from lora_lite.testing.promise import promise
 TYPICAL, MASSIVE = 20.0, 1000.0
 # Of the change that an adapter makes: what bfloat16 may lose of it on a well-conditioned weight.
 LOST = 0.25
+# The change of a token is not taken for smaller than this share of what it is at others.
+SMALLEST_SHARE = 0.02
 
 
 @promise(examples=8)
@@ -109,7 +111,12 @@ def _check_the_change(case: Case, x: Tensor, amount: float) -> None:
         # Each token for itself, unless the layer may be so small that a change is 0 by chance.
         dims = (-1,) if x.dtype == torch.float16 else None
         error = torch.linalg.vector_norm(rounded.double() - exact, dim=dims)
-        lost = float((error / torch.linalg.vector_norm(exact, dim=dims).clamp_min(1e-12)).max())
+        size = torch.linalg.vector_norm(exact, dim=dims)
+        if dims:
+            # A change of low rank is as good as 0 at some tokens, and its rounding is not.
+            of_input = torch.linalg.vector_norm(x.double(), dim=dims)
+            size = size.maximum(SMALLEST_SHARE * of_input * (size / of_input).max())
+        lost = float((error / size.clamp_min(1e-12)).max())
         assert lost <= LOST, (
             f"in {x.dtype} the change is off by {lost:.0%} of its size, against float64"
         )

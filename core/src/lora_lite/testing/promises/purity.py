@@ -16,6 +16,7 @@ from lora_lite.testing.case import Case, Tower
 from lora_lite.testing.compare import all_close, all_same, differs, same
 from lora_lite.testing.promise import promise, survey
 from lora_lite.testing.promises.forward import plain_layer
+from lora_lite.testing.settings import settings_stay
 from lora_lite.testing.strategies import Refusal
 
 DROPOUTS = ("dropout", "alpha_dropout", "dropout1d", "feature_alpha_dropout")
@@ -55,7 +56,7 @@ def outputs_depend_on_tensors_alone(case: Case) -> None:
     """One variant instance serves several models at once, and what a layer computes depends on its
     tensors alone: not on which model, layer or input came before, nor on a step of training. The
     same forward twice gives the same bits, in training mode with the same random state; in eval
-    mode nothing random is drawn.
+    mode nothing random is drawn. No global setting of torch is changed.
 
     Usually broken by state that a method keeps on the variant, its class or its module ("the last
     norm"), and by random draws in a delta that do not look at `site.training`.
@@ -63,6 +64,8 @@ def outputs_depend_on_tensors_alone(case: Case) -> None:
     model, other = case.model(), case.but(seed=case.seed + 1).model()
     x, z = case.inputs(2, 3), case.inputs(4, 2, seed=3)
     case.trained(model)
+    with settings_stay("a forward"):
+        model.layer(x)
     first, learning = _output(model, x, False), _output(model, x, True)
     case.trained(other, seed=7)
     between = _output(other, x, False)

@@ -7,8 +7,6 @@ import math
 import random
 import sys
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -16,8 +14,10 @@ import lora_lite as ll
 from lora_lite.author import TensorSpec, Variant
 from lora_lite.testing.case import TARGETS, Case
 from lora_lite.testing.compare import all_same, close, is_close, same
+from lora_lite.testing.draws import drawn, drawn_from_elsewhere
 from lora_lite.testing.inside import DIGEST, attribute
 from lora_lite.testing.promise import promise
+from lora_lite.testing.settings import settings_stay
 
 IDENTITIES = ("exact", "rounding", "none")
 
@@ -160,11 +160,13 @@ def start_depends_on_seed_path_and_name_alone(case: Case) -> None:
     """The same seed, name of the adapter, layer and name of the tensor give the same start values,
     bit for bit: whatever the global random state, the order of attachment and the other layers. If
     `init` draws at all, another seed and another name of the adapter give other values, and no two
-    trainable tensors of a layer start alike.
+    trainable tensors of a layer start alike. A trainable tensor is not drawn from any generator but
+    `rng`'s.
 
     Processes of one run must agree, a run must be repeatable, and two adapters that start alike
-    would never separate. Usually broken by torch.randn without `generator=rng(...)`, by one
-    generator or one name for two tensors, or by a cache from an earlier layer.
+    would never separate. Usually broken by torch.randn without `generator=rng(...)`, by a generator
+    with a seed of its own, by one generator or one name for two tensors, or by a cache from an
+    earlier layer.
     """
     torch.manual_seed(1)
     first = case.attach(case.model(), name="mine")
@@ -182,13 +184,18 @@ def start_depends_on_seed_path_and_name_alone(case: Case) -> None:
         }
         found = {key: value for key, value in values.items() if key in expected}
         all_same(found, expected, "start values of the same seed")
-    drawn = _drawn(case)
-    if drawn:
+    asked_for = drawn(case)
+    if asked_for:
         reseeded = case.attach(case.model(), name="mine", seed=case.seed + 1)
-        asked = f"init draws {sorted(drawn)}"
+        asked = f"init draws {sorted(asked_for)}"
         _start_apart(first, reseeded, f"{asked}, and another seed")
         _start_apart(first, other, f"{asked}, and another name of the adapter")
         _no_twins(first)
+    foreign = drawn_from_elsewhere(case)
+    assert not foreign, (
+        f"init draws {foreign} from a generator of its own, which gives every layer and every "
+        "seed the same start; draw with rng(its name)"
+    )
 
 
 @promise(examples=6)
@@ -202,14 +209,12 @@ def attach_leaves_the_random_state(case: Case) -> None:
     """
     model = case.model()
     before, python_before = torch.get_rng_state(), random.getstate()
-    numpy_before, settings_before = _numpy_state(), _settings()
-    case.attach(model)
+    numpy_before = _numpy_state()
+    with settings_stay("attach"):
+        case.attach(model)
     same(torch.get_rng_state(), before, "torch's global random state after attach")
     assert random.getstate() == python_before, "attach drew from Python's global random state"
     assert _numpy_state() == numpy_before, "attach drew from numpy's global random state"
-    settings = _settings()
-    torch.set_default_dtype(settings_before["default dtype"])
-    assert settings == settings_before, f"attach changed {settings_before} to {settings}"
 
 
 @promise(examples=2)
@@ -280,30 +285,3 @@ def _no_twins(adapter: ll.Adapter) -> None:
 def _numpy_state() -> str:
     numpy = sys.modules.get("numpy")
     return repr(numpy.random.get_state()) if numpy else ""
-
-
-def _settings() -> dict[str, Any]:
-    readers: dict[str, Callable[[], Any]] = {
-        "default dtype": torch.get_default_dtype,
-        "gradients": torch.is_grad_enabled,
-        "threads": torch.get_num_threads,
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
-        "default device": torch.get_default_device,
-    }
-    return {name: reader() for name, reader in readers.items()}
-
-
-def _drawn(case: Case) -> set[str]:
-    """The tensors for which `init` asks for a generator; none where it needs calibration data."""
-    site = case.site(case.model())
-    if case.variant.observe(site) is not None:
-        return set()
-    asked: set[str] = set()
-
-    def rng(tensor: str) -> torch.Generator:
-        asked.add(tensor)
-        return torch.Generator().manual_seed(0)
-
-    with torch.no_grad():
-        case.variant.init(site, case.variant.derive(site), {}, rng)
-    return asked

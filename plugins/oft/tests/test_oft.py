@@ -42,3 +42,16 @@ def test_counts(qwen_down_proj: nn.Module) -> None:
     found = ll.plan(qwen_down_proj, "oft", block_size=32)
     assert found.parameters == 24 * 3584 * 31 // 2
     assert found.macs_per_token == 24 * 3584 * 32
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_a_small_turn_is_precise_in_half_precision(dtype: torch.dtype, error: float) -> None:
+    """Δx is right to the rounding of its own size, since R - I is not a difference."""
+    site = ll.plan(nn.Sequential(nn.Linear(64, 8).to(dtype)), "oft", targets="0").placements[0].site
+    variant = OFT(block_size=16)
+    x, q = torch.randn(50, 64).to(dtype), 1e-3 * torch.randn(4, 120)
+    found, exact = (
+        variant.delta_input(site, variant.prepare(site, {"Q": values}), inputs).double()
+        for values, inputs in ((q, x), (q.double(), x.double()))
+    )
+    assert float((found - exact).norm() / exact.norm()) < error

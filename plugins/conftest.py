@@ -134,6 +134,53 @@ def _fill(
     return pairs
 
 
+@pytest.fixture
+def half_precision() -> Callable[..., None]:
+    """Asserts that a trained adapter's Δ is as right in half precision as LoRA's, up to twice.
+
+    All parameters move by 0.01 from the start, on a layer of 96 -> 64. The error is that of Δ
+    itself, before it is added to y, relative to Δ in float64.
+    """
+
+    def error(variant: str, dtype: torch.dtype, **fields: Any) -> float:
+        rng = torch.Generator().manual_seed(0)
+        layer = nn.Linear(96, 64, bias=False).to(dtype)
+        model = nn.Sequential(layer)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(64, 96, generator=rng) / 10)
+        x = torch.randn(128, 96, generator=rng).to(dtype)
+        y = model(x).detach()
+        exact = nn.Sequential(nn.Linear(96, 64, bias=False)).double()
+        exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+        (placement,) = ll.plan(model, variant, targets="0", **fields).placements
+        adapter = ll.attach(model, variant, targets="0", **fields)
+        double = ll.attach(exact, variant, targets="0", dtype=torch.float64, **fields)
+        for p in adapter.parameters():
+            p.data.add_(0.01 * torch.randn(p.shape, generator=rng))
+        double.load_state_dict(
+            {k: v.to(double.state_dict()[k]) for k, v in adapter.state_dict().items()}
+        )
+        t = {key.split(".")[1]: value for key, value in adapter.state_dict().items()}
+        specs = adapter.variant.tensors(placement.site)
+        read = {
+            key: value
+            if not value.is_floating_point()
+            else value.to(torch.float32 if specs[key].compute == "float32" else dtype)
+            for key, value in t.items()
+        }
+        read |= adapter.variant.prepare(placement.site, read) or {}
+        found = adapter.variant.delta_output(placement.site, read, x, y).double()
+        plain = x.double() @ layer.weight.detach().double().T
+        expected = exact(x.double()).detach() - plain
+        return float((found - expected).norm() / expected.norm())
+
+    def check(variant: str, **fields: Any) -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert error(variant, dtype, **fields) <= 2 * error("lora", dtype)
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def qwen_down_proj() -> nn.Module:
     """The 24 down_proj of a 0.8B Qwen3.5, without weights."""

@@ -1,0 +1,13 @@
+from lora_lite.testing import VariantTests
+
+
+class TestCorDA(VariantTests):
+    variant = "corda"
+
+
+class TestMiLoRA(VariantTests):
+    variant = "milora"
+
+
+class TestOLoRA(VariantTests):
+    variant = "olora"

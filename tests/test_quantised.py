@@ -167,7 +167,7 @@ def test_a_variant_starts_trains_and_leaves(
     move(attach(teacher, variant), 0.3, seed=1)
     target = teacher(inputs(8, 4)).detach()
     before, after = fit(model, adapter, target)
-    assert after < 0.8 * before
+    assert after < 0.9 * before
     x = inputs(3, 5).requires_grad_()
     model.eval()(x).sum().backward()
     assert x.grad is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -74,6 +75,17 @@ def test_every_example_of_the_readmes_runs(
             "batches": [{"input_ids": tokens}] * 8,
         },
     )
+
+
+def test_coming_from_peft_has_an_answer_for_every_argument() -> None:
+    """Promise: the page has a row for every field of LoraConfig and argument of get_peft_model."""
+    peft = pytest.importorskip("peft")
+    fields = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+    arguments = inspect.signature(peft.get_peft_model).parameters
+    page = (ROOT / "docs/from-peft.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    answered = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert {*fields, *arguments} <= answered
 
 
 def documented(page: str, namespace: str) -> list[str]:

@@ -429,21 +429,39 @@ def test_settings_that_would_be_silently_wrong(
     refused(tiny_llama(), folder, untouched, f"(?s){reason}")
 
 
-def test_what_was_trained_beside_the_adapter(
+def test_biases_that_were_trained_beside_the_adapter(
     tiny_llama: Make, tmp_path: Path, untouched: Guard
 ) -> None:
-    """Modules and biases other than the base's are refused by name; the base's own say nothing."""
+    """Biases other than the base's are refused by name; the base's own say nothing."""
 
     def make() -> nn.Module:
         return tiny_llama(attention_bias=True)
 
-    for bias, saved in (("none", ["lm_head"]), ("all", None), ("lora_only", None)):
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias=bias, modules_to_save=saved)
+    for bias in ("all", "lora_only"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias=bias)
         saved_by_peft(make, tmp_path / bias, config)
-        reason = "lm_head.weight: a module" if saved else "q_proj.bias: a bias of the base"
+        reason = "q_proj.bias: a bias of the base"
         refused(make(), tmp_path / bias, untouched, f"(?s)no place for.*{reason}")
         saved_by_peft(make, tmp_path / bias, config, noise=0.0)
         ll.load(make(), tmp_path / bias)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "norm", "input_layernorm", "o_proj", "embed_tokens"])
+def test_modules_to_save_become_full(tiny_llama: Make, tmp_path: Path, saved: str) -> None:
+    """What PEFT has trained whole beside the adapter is trained whole here, on any other start."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])
+    theirs = saved_by_peft(tiny_llama, tmp_path / "peft", config)
+    model = tiny_llama()
+    if saved == "lm_head":
+        torch.nn.init.normal_(model.lm_head.weight)  # as a new head would be
+    base = logits(model)
+    adapter = ll.load(model, tmp_path / "peft")
+    assert {variant.name for variant in adapter.sites.values()} == {"lora", "full"}
+    assert relative(logits(model), theirs) < TOLERANCE
+    adapter.detach()
+    assert torch.equal(logits(model), base)
+    saved_by_peft(tiny_llama, tmp_path / "same", config, noise=0.0)
+    assert {v.name for v in ll.load(tiny_llama(), tmp_path / "same").sites.values()} == {"lora"}
 
 
 def test_gram_schmidt_is_refused(tiny_llama: Make, tmp_path: Path, untouched: Guard) -> None:
@@ -452,11 +470,16 @@ def test_gram_schmidt_is_refused(tiny_llama: Make, tmp_path: Path, untouched: Gu
     refused(tiny_llama(), tmp_path / "peft", untouched, "(?s)apply_GS=True")
 
 
-def test_an_embedding_is_refused(tiny_llama: Make, tmp_path: Path, untouched: Guard) -> None:
-    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_embedding_is_read(tiny_llama: Make, tmp_path: Path, rslora: bool) -> None:
+    names = ["embed_tokens", "q_proj"]
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=names, use_rslora=rslora)
     with pytest.warns(UserWarning, match="embedding"):
-        saved_by_peft(tiny_llama, tmp_path / "peft", config)
-    refused(tiny_llama(), tmp_path / "peft", untouched, "(?s)lora_embedding_A: of an embedding")
+        theirs = saved_by_peft(tiny_llama, tmp_path / "peft", config)
+    model = tiny_llama()
+    adapter = ll.load(model, tmp_path / "peft")
+    assert "model.embed_tokens" in adapter.sites
+    assert relative(logits(model), theirs) < TOLERANCE
 
 
 def test_bad_folders(tiny_llama: Make, folder: Path, tmp_path: Path, untouched: Guard) -> None:

@@ -1,13 +1,15 @@
 """Reading PEFT's LoRA, with rslora, patterns and DoRA.
 
     lora_A, lora_B                    A (r, d_in), B (d_out, r)
+    lora_embedding_A, _B              likewise, of an embedding: A (r, tokens)
     lora_magnitude_vector             m = n₀ + dm, n₀ the row norms of this base
+    weight, bias of modules_to_save   the variant `full`
 
 Refused by name is what would load and be silently wrong:
 
 - Adapters whose start rewrote the base (PiSSA, OLoRA, CorDA, LoftQ, …): they belong to that other
   base. Only starts that are known to leave it alone are read.
-- Biases and modules that were trained beside the adapter, unless they are those of this base.
+- Biases of adapted layers that were trained beside the adapter, unless they are those of this base.
 - Whatever tensors are left over.
 """
 
@@ -23,10 +25,11 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from lora_lite_peft.config import Settings, read_settings
-from lora_lite_peft.leftover import refuse_leftover
+from lora_lite_peft.leftover import modules_saved, refuse_leftover
 from lora_lite_peft.plain_lora import is_transposed
 
 PARTS = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+EMBEDDED = re.compile(r"(.+)\.lora_embedding_([AB])")
 # Starts that leave the base as it is. True and False are PEFT's own two.
 STARTS = (True, False, "gaussian")
 
@@ -49,6 +52,7 @@ class LoraSettings(Settings):
     use_dora: bool = False
     rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, float] = {}
+    modules_to_save: tuple[str, ...] = ()
 
 
 def read_lora(
@@ -65,19 +69,24 @@ def read_lora(
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = PARTS.fullmatch(name)
+        embedded = EMBEDDED.fullmatch(name)
         if match:
             part = match[2].removesuffix(".weight")
             layers.setdefault(match[1], {})[part] = tensor
+        elif embedded:
+            layers.setdefault(embedded[1], {})[f"lora_{embedded[2]}"] = tensor
         else:
             rest[name] = tensor
     _refuse_incomplete(folder, settings, layers)
+    saved, rest = modules_saved(settings.modules_to_save, rest, base)
     refuse_leftover(folder, rest, base)
     sites = base.sites(layers)
-    _refuse_transposed(folder, settings, base, list(layers))
+    linear = [path for path in layers if not sites[path].reads_ids]
+    _refuse_transposed(folder, settings, base, linear)
     variants = {path: _variant(folder, settings, path, layers[path]) for path in layers}
-    return ForeignAdapter(
-        variants, {path: _tensors(sites[path], variants[path], layers[path]) for path in layers}
-    )
+    found = {path: _tensors(sites[path], variants[path], layers[path]) for path in layers}
+    full = {path: make_variant("full", {}) for path in saved}
+    return ForeignAdapter({**variants, **full}, {**found, **saved})
 
 
 def _refuse_other_base(folder: Path, settings: LoraSettings) -> None:

@@ -48,11 +48,12 @@ def modules_saved(
         The parameters of each module that is not as in the base, by path and name, and the rest.
     """
     own = base.root.state_dict()
+    there = set(base.paths)
     saved: dict[str, dict[str, Tensor]] = {}
     left = dict(rest)
     for key, tensor in rest.items():
         path, _, name = key.rpartition(".")
-        if path.endswith(tuple(names)):
+        if path.endswith(tuple(names)) and path in there:
             saved.setdefault(path, {})[name] = tensor
             del left[key]
     as_before = [

@@ -176,9 +176,9 @@ class Adapter:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """For generation: `Variant.prepare` runs once instead of once a forward.
+        """For generation: casts and `Variant.prepare` run once instead of once a forward.
 
-        Forwards with gradients prepare afresh. Several may overlap.
+        Forwards with gradients do both afresh. Several may overlap.
 
         Raises:
             AdapterError: on leaving, if the adapter's tensors were changed inside: outputs may be

@@ -42,7 +42,7 @@ class AdapterState:
         was_told_of_saving: whether the user was told what `save_pretrained` saves.
         enabled: whether the user has it on.
         is_active: whether it is on and nothing has disabled it for a while.
-        is_frozen: whether what `prepare` returns may be used again.
+        is_frozen: whether casts, and what `prepare` returns, may be used again.
         selection: the rows of the batch that it is for; None for all of them.
         attachments: by the path of the layer; empty once it is detached.
     """
@@ -106,7 +106,8 @@ class Attachment:
         layer: where it is.
         variant: for this layer.
         specs: the tensors, by name.
-        prepared: what `prepare` returned under `frozen()`, by dtype of the activation and scale.
+        prepared: the tensors as deltas read them under `frozen()`, by the activation's dtype and
+            the scale.
     """
 
     state: AdapterState
@@ -224,10 +225,19 @@ class Attachment:
         return delta if self.variant.takes_scale or scale == 1.0 else delta * scale
 
     def _tensors(self, module: nn.Module, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """The stored tensors as the deltas read them, and what `prepare` adds to them."""
+        """The stored tensors as the deltas read them, and what `prepare` adds to them.
+
+        Under `frozen()` they are the same for every call without gradients; else fresh ones.
+        """
+        reuse = self.state.is_frozen and not torch.is_grad_enabled()
+        key = (like.dtype, self.state.scale)
+        if reuse and key in self.prepared:
+            return self.prepared[key]
         t = self._cast(module, like)
         if self.prepares:
             t.update(self._prepared(site, t, like))
+        if reuse:
+            self.prepared[key] = t
         return t
 
     def _cast(self, module: nn.Module, like: Tensor) -> dict[str, Tensor]:
@@ -248,18 +258,11 @@ class Attachment:
         return t
 
     def _prepared(self, site: Site, t: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """Under `frozen()` the same tensors for every call without gradients; else fresh ones."""
-        reuse = self.state.is_frozen and not torch.is_grad_enabled()
-        key = (like.dtype, self.state.scale)
-        if reuse and key in self.prepared:
-            return self.prepared[key]
         # Autocast would undo `TensorSpec.compute`.
         with torch.autocast(like.device.type, enabled=False):
             prepared = self._prepare(site, t)
         for name in self.variant.detached:
             prepared[name] = prepared[name].detach()
-        if reuse:
-            self.prepared[key] = prepared
         return prepared
 
     def _prepare(self, site: Site, t: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def documented(module: ModuleType) -> list[str]:
 
 def test_users_names() -> None:
     """`lora_lite.__all__` is what the users' page lists: sorted, documented, and no more."""
-    assert len(lora_lite.__all__) == 27
+    assert len(lora_lite.__all__) == 28
     assert sorted(lora_lite.__all__, key=lambda n: (n.islower(), n)) == lora_lite.__all__
     assert not documented(lora_lite)
 
@@ -209,15 +209,18 @@ def test_the_install_hints_are_the_plugins_own_words() -> None:
 
     So what an error tells users to install is never another's distribution.
     """
-    declared = {}
+    declared: dict[str, dict[str, object]] = {"formats": {}, "variants": {}}
     for path in PLUGINS:
         table = project(path)
-        points = table.get("entry-points", {}).get("lora_lite.variants", {})  # type: ignore[attr-defined]
-        declared.update(dict.fromkeys(points, table["name"]))
+        points = table.get("entry-points", {})
+        for what, found in declared.items():
+            names = points.get(f"lora_lite.{what}", {})  # type: ignore[attr-defined]
+            found.update(dict.fromkeys(names, table["name"]))
     stored = json.loads((CORE / "first_party.json").read_text(encoding="utf-8"))
     assert stored == declared
-    assert list(stored) == sorted(stored)
-    assert plugins.first_party_variants() == declared
+    for what, found in stored.items():
+        assert list(found) == sorted(found)
+        assert plugins.first_party(what) == found
 
 
 def test_the_extra_all_is_every_plugin_of_ours() -> None:

@@ -63,7 +63,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
     Its metadata and its code lie on a path of their own.
     """
-    registered = {name for name, _ in plugins._manager.list_name_plugin()}
+    registered = {name for name, _ in plugins.manager.list_name_plugin()}
     modules = set(sys.modules)
 
     def make(
@@ -90,9 +90,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         plugins._layer_entry_points.cache_clear()
 
     yield make
-    for name, _ in plugins._manager.list_name_plugin():
+    for name, _ in plugins.manager.list_name_plugin():
         if name not in registered:
-            plugins._manager.unregister(name=name)
+            plugins.manager.unregister(name=name)
     for name in set(sys.modules) - modules:
         if name.startswith("stranger"):
             del sys.modules[name]
@@ -207,13 +207,13 @@ def test_not_installed_gives_the_exact_command(
     monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """For a variant of ours that is missing, the error is the pip command that installs it."""
-    found = plugins._entry_points
+    found = plugins.entry_points_of
     monkeypatch.setattr(
         plugins,
-        "_entry_points",
+        "entry_points_of",
         lambda group: {k: v for k, v in found(group).items() if k != "ia3_ff"},
     )
-    monkeypatch.setattr(plugins._manager.hook, "lora_lite_variant", lambda **_: None)
+    monkeypatch.setattr(plugins.manager.hook, "lora_lite_variant", lambda **_: None)
     fields = {"plugin": "ia3_ff", "distributions": ("lora-lite-ia3",)}
     with refused(None, ll.UnknownVariantError, **fields) as caught:
         ll.attach(model(), "ia3_ff")

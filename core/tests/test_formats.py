@@ -51,7 +51,7 @@ class Lines(Format):
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Installs a distribution of one module for the duration of a test."""
-    registered = {name for name, _ in plugins._manager.list_name_plugin()}
+    registered = {name for name, _ in plugins.manager.list_name_plugin()}
     modules: list[str] = []
 
     def make(module: str, code: str, points: dict[str, str], requires: str = "") -> None:
@@ -69,9 +69,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         modules.append(module)
 
     yield make
-    for name, _ in plugins._manager.list_name_plugin():
+    for name, _ in plugins.manager.list_name_plugin():
         if name not in registered:
-            plugins._manager.unregister(name=name)
+            plugins.manager.unregister(name=name)
     for module in modules:
         sys.modules.pop(module, None)
 

@@ -147,7 +147,7 @@ class DerivesByPlace(Sound, name="derives_by_place"):
         }
 
     def derive(self, site):
-        return {"P": site.weight().norm(dim=0) * (1 + id(site._module) % 97)}
+        return {"P": site.weight().norm(dim=0) * (1 + id(site._module) % 9973)}
 
 
 @caught_by("derived_tensors_come_again", r"derive, called again: P")

@@ -7,15 +7,21 @@ an adapter's own file asks for none.
 from importlib import metadata
 from pathlib import Path
 
-from lora_lite import plugins
 from lora_lite.errors import AdapterFileError, PluginError
 from lora_lite.formats import Format
+from lora_lite.plugins import (
+    entry_points_of,
+    first_party,
+    load_class,
+    manager,
+    not_installed,
+    only_one,
+    register,
+    unusable,
+)
 
 FORMATS = "lora_lite.formats"
 OURS = metadata.EntryPoint("merged", "lora_lite.merged_checkpoint:MergedCheckpoint", FORMATS)
-
-# The formats of this project that are packages of their own.
-FIRST_PARTY = {"gguf": "lora-lite-gguf", "peft": "lora-lite-peft"}
 
 
 def formats() -> list[str]:
@@ -29,21 +35,21 @@ def format_named(name: str) -> Format:
     Raises:
         PluginError: none is installed, or it cannot be used.
     """
-    loaded: Format | None = plugins._manager.hook.lora_lite_format(name=name)
+    loaded: Format | None = manager.hook.lora_lite_format(name=name)
     if loaded is not None:
         return loaded
     installed = _entry_points()
     if name not in installed:
-        raise plugins.not_installed(PluginError, "format", name, sorted(installed), FIRST_PARTY)
-    point = plugins._only(installed[name])
-    cls = plugins._load(point, Format)  # type: ignore[type-abstract]
+        raise not_installed(PluginError, "format", name, sorted(installed), first_party("formats"))
+    point = only_one(installed[name])
+    cls = load_class(point, Format)  # type: ignore[type-abstract]
     if cls.name != name:
-        raise plugins._unusable(
+        raise unusable(
             point,
             f"gives {cls.__qualname__}, whose name is {cls.name!r}",
             fix="Its author must make the entry point and the class's `name` agree",
         )
-    plugins._register(cls(), point)
+    register(cls(), point)
     return format_named(name)
 
 
@@ -77,5 +83,5 @@ def format_of(path: Path) -> Format | None:
 
 
 def _entry_points() -> dict[str, list[metadata.EntryPoint]]:
-    installed = plugins._entry_points(FORMATS)
+    installed = entry_points_of(FORMATS)
     return {**installed, OURS.name: [OURS, *installed.get(OURS.name, [])]}

@@ -42,6 +42,18 @@ def load_foreign(
     rename: Renaming,
 ) -> Adapter:
     """Attach the adapter at a path of another format. See `checkpoint.load`."""
+    with CHANGING:
+        return _load_foreign(chosen, path, model, name, dtype, rename)
+
+
+def _load_foreign(
+    chosen: Format,
+    path: Path,
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype | None,
+    rename: Renaming,
+) -> Adapter:
     root = root_of(model)
     refuse_wrapped(root)
     foreign = chosen.read(path, Base(path, root, rename))

@@ -5,7 +5,8 @@ A plugin is a class that a distribution names in its entry points. It goes throu
 1. `variants` and `provider` list what is installed. They read metadata and import nothing.
 2. `variant_class` and `kind_of` load a plugin when it is first asked for, and only that one, so
    that one broken plugin does not break the others.
-3. `_load` imports it, after checks that turn each mistake of its author into an error of its own.
+3. `load_class` imports it, after checks that turn each mistake of its author into an error of its
+   own.
 4. The plugin manager of pluggy keeps what was loaded, and is asked through the hooks of
    `lora_lite.hookspecs`.
 
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pluggy
 from packaging.requirements import InvalidRequirement, Requirement
@@ -38,11 +39,11 @@ LAYERS = "lora_lite.layers"
 
 T = TypeVar("T")
 
-_manager = pluggy.PluginManager("lora_lite")
-_manager.add_hookspecs(hookspecs)
+manager = pluggy.PluginManager("lora_lite")
+manager.add_hookspecs(hookspecs)
 # pluggy asks the last one first, and most layers are of the first kind.
 for _kind in reversed(kinds.BUILT_IN):
-    _manager.register(_kind, name=type(_kind).__name__)
+    manager.register(_kind, name=type(_kind).__name__)
 
 # Held while a plugin is registered, never while one is imported: another thread could be waiting
 # for this lock while it holds Python's import lock of the same module.
@@ -75,7 +76,7 @@ def variants() -> dict[str, VariantInfo]:
     If several distributions provide the same name, it is listed once with all of them, separated
     by slashes; `attach` refuses it.
     """
-    installed = _entry_points(VARIANTS)
+    installed = entry_points_of(VARIANTS)
     return {name: _variant_info(name, installed[name]) for name in sorted(installed)}
 
 
@@ -93,14 +94,14 @@ def provider(cls: type[Variant]) -> tuple[str, str]:
 
     For a class that is not an installed plugin (written in a notebook, say): its module and "".
     """
-    for point in _entry_points(VARIANTS).get(cls.name, []):
+    for point in entry_points_of(VARIANTS).get(cls.name, []):
         module = sys.modules.get(point.module)
         if getattr(module, point.attr, None) is cls:
             return _distribution(point), _version(point)
     return cls.__module__, ""
 
 
-def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
+def entry_points_of(group: str) -> dict[str, list[metadata.EntryPoint]]:
     """The installed entry points of a group by name: several where distributions share a name.
 
     A distribution that Python finds twice, such as an editable install on two paths, counts once.
@@ -118,7 +119,7 @@ def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
 @cache
 def _layer_entry_points() -> dict[str, list[metadata.EntryPoint]]:
     """Those for layer kinds, read once: `kind_of` is asked about every module of a model."""
-    return _entry_points(LAYERS)
+    return entry_points_of(LAYERS)
 
 
 def _distribution(point: metadata.EntryPoint) -> str:
@@ -139,23 +140,23 @@ def variant_class(name: str) -> type[Variant]:
         UnknownVariantError: no installed distribution provides `name`.
         PluginError: one does, but it cannot be used.
     """
-    loaded: type[Variant] | None = _manager.hook.lora_lite_variant(name=name)
+    loaded: type[Variant] | None = manager.hook.lora_lite_variant(name=name)
     if loaded is not None:
         return loaded
-    installed = _entry_points(VARIANTS)
+    installed = entry_points_of(VARIANTS)
     if name not in installed:
         raise not_installed(
-            UnknownVariantError, "variant", name, sorted(installed), first_party_variants()
+            UnknownVariantError, "variant", name, sorted(installed), first_party("variants")
         )
-    point = _only(installed[name])
-    cls = _load(point, Variant)
+    point = only_one(installed[name])
+    cls = load_class(point, Variant)
     if cls.name != name:
-        raise _unusable(
+        raise unusable(
             point,
             f"gives {cls.__qualname__}, whose name is {cls.name!r}",
             fix="Its author must make the entry point and `class ...(Variant, name=...)` agree",
         )
-    _register(cls, point)
+    register(cls, point)
     return cls
 
 
@@ -170,20 +171,20 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """
     package = type(module).__module__.partition(".")[0]
     entry_points = _layer_entry_points().get(package)
-    if entry_points and not _manager.has_plugin(_plugin_name(entry_points[0])):
-        point = _only(entry_points)
-        cls = _load(point, LayerKind)  # type: ignore[type-abstract]
-        _register(cls(), point)
-    kind: LayerKind | None = _manager.hook.lora_lite_layer_kind(module=module)
+    if entry_points and not manager.has_plugin(_plugin_name(entry_points[0])):
+        point = only_one(entry_points)
+        cls = load_class(point, LayerKind)  # type: ignore[type-abstract]
+        register(cls(), point)
+    kind: LayerKind | None = manager.hook.lora_lite_layer_kind(module=module)
     return kind
 
 
-def _register(plugin: object, point: metadata.EntryPoint) -> None:
+def register(plugin: object, point: metadata.EntryPoint) -> None:
     """Hand a loaded plugin to pluggy, unless another thread was first."""
     name = _plugin_name(point)
     with _registration_lock:
-        if not _manager.has_plugin(name):
-            _manager.register(plugin, name=name)
+        if not manager.has_plugin(name):
+            manager.register(plugin, name=name)
 
 
 def _plugin_name(point: metadata.EntryPoint) -> str:
@@ -196,7 +197,7 @@ def not_installed(
     what: str,
     name: str,
     installed: Sequence[str],
-    first_party: Mapping[str, str],
+    ours: Mapping[str, str],
 ) -> PluginError:
     """The error for a name that is not installed: how to install it, or what was probably meant.
 
@@ -205,41 +206,41 @@ def not_installed(
         what: "variant" or "format".
         name: that was asked for.
         installed: the names that are.
-        first_party: the distribution of every one of this project, installed or not.
+        ours: the distribution of every one of this project, installed or not.
     """
     listed = f"The installed {what}s are {', '.join(installed)}"
     expected = listed if installed else f"No {what} is installed"
-    if name in first_party:
+    if name in ours:
         return error(
             f"{what} {name!r} is not installed",
             expected=expected,
-            fix=f"To install it: pip install {first_party[name]}",
+            fix=f"To install it: pip install {ours[name]}",
             plugin=name,
-            distributions=(first_party[name],),
+            distributions=(ours[name],),
         )
     return error(
         f"there is no {what} {name!r}",
         expected=expected,
-        fix=did_you_mean(name, [*installed, *first_party]),
+        fix=did_you_mean(name, [*installed, *ours]),
         plugin=name,
     )
 
 
-def first_party_variants() -> dict[str, str]:
-    """The distribution of every variant of this project, installed or not.
+def first_party(what: Literal["variants", "formats"]) -> dict[str, str]:
+    """The distribution of every variant or format of this project, by name, installed or not.
 
     Only these are ever named in an install command: what a stranger uploads under a name that
     somebody mistyped must not be one `pip install` away.
     """
     text = resources.files("lora_lite").joinpath("first_party.json").read_text(encoding="utf-8")
-    distributions: dict[str, str] = json.loads(text)
-    return distributions
+    distributions: dict[str, dict[str, str]] = json.loads(text)
+    return distributions[what]
 
 
 # --- 3. load one plugin
 
 
-def _only(entry_points: Sequence[metadata.EntryPoint]) -> metadata.EntryPoint:
+def only_one(entry_points: Sequence[metadata.EntryPoint]) -> metadata.EntryPoint:
     """The one entry point of a name; it is an error if several distributions provide it."""
     first, *others = entry_points
     if others:
@@ -253,7 +254,7 @@ def _only(entry_points: Sequence[metadata.EntryPoint]) -> metadata.EntryPoint:
     return first
 
 
-def _load(point: metadata.EntryPoint, base: type[T]) -> type[T]:
+def load_class(point: metadata.EntryPoint, base: type[T]) -> type[T]:
     """Import the class that an entry point names.
 
     Raises:
@@ -264,7 +265,7 @@ def _load(point: metadata.EntryPoint, base: type[T]) -> type[T]:
     core = metadata.version(CORE)
     versions = f"It asks for {requirement or f'any {CORE}'}, and {CORE} {core} is installed"
     if requirement and not requirement.specifier.contains(core, prereleases=True):
-        raise _unusable(
+        raise unusable(
             point,
             "is made for another version of the core",
             expected=versions,
@@ -273,14 +274,14 @@ def _load(point: metadata.EntryPoint, base: type[T]) -> type[T]:
     try:
         loaded = point.load()
     except (Exception, SystemExit) as error:
-        raise _unusable(
+        raise unusable(
             point,
             f"is installed but fails on import: {type(error).__name__}: {error}",
             expected=versions,
             fix="If it needs a package that is missing, install that; else tell its author",
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        raise _unusable(
+        raise unusable(
             point,
             f"gives {loaded!r}",
             expected=f"Expected a subclass of lora_lite.{base.__name__}",
@@ -289,7 +290,7 @@ def _load(point: metadata.EntryPoint, base: type[T]) -> type[T]:
     return loaded
 
 
-def _unusable(
+def unusable(
     point: metadata.EntryPoint, problem: str, *, expected: str = "", fix: str = ""
 ) -> PluginError:
     """The error for one plugin, which names its distribution."""

@@ -529,7 +529,7 @@ def test_the_plugin_is_named_where_it_is_missing(
     from lora_lite import format_plugins
 
     monkeypatch.setattr(format_plugins, "_entry_points", dict)
-    hook = format_plugins.plugins._manager.hook
+    hook = format_plugins.manager.hook
     monkeypatch.setattr(hook, "lora_lite_format", lambda **_: None)
     with pytest.raises(ll.AdapterFileError, match="pip install lora-lite-peft"):
         ll.load(tiny_llama(), folder)

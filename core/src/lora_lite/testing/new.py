@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.plugins import first_party_variants, variants
+from lora_lite.plugins import first_party, variants
 
 TEMPLATE = Path(__file__).parent / "template"
 NAME = re.compile(r"(?!lora[-_]lite)[a-z][a-z0-9]*([-_][a-z0-9]+)*")
@@ -27,7 +27,7 @@ def new(name: str, parent: Path) -> Path:
             f"{name!r}: expected lower-case words joined by - or _, without lora-lite before them: "
             "my-method"
         )
-    if snake in {*variants(), *first_party_variants(), "core", "benchmark"}:
+    if snake in {*variants(), *first_party("variants"), "core", "benchmark"}:
         raise LoraLiteError(
             f"{snake!r} is taken by a variant or package that exists; choose another name"
         )

@@ -5,6 +5,7 @@ Models are those of transformers, small and random, in the ways in which it comp
 
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lora_lite.ragged import Groups, NotRaggedError, Ragged, grouped_product
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-EXPERTS = r"experts\.(gate_up|down)_proj$"
+EXPERTS = r"experts\.(gate_up_proj|down_proj|(in|out)put_linear\.weight)$"
 WAYS = ("eager", "batched_mm", "grouped_mm")
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -44,6 +45,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 4,
         "v_head_dim": 8,
     },
+    "llama4_text": {
+        "intermediate_size": 12,
+        "intermediate_size_mlp": 24,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 1,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    },
+    "jetmoe": {"intermediate_size": 12, "num_local_experts": 4, "kv_channels": 4},
+    "phimoe": {"intermediate_size": 12, "num_local_experts": 4},
     "qwen3_next": {
         "moe_intermediate_size": 12,
         "shared_expert_intermediate_size": 12,
@@ -314,6 +325,33 @@ def test_experts_compile_into_one_graph(way: str) -> None:
         moved(adapter)
         expected = logits(model)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_leaves_experts_and_routers_alone(family: str) -> None:
+    """Promise: a mixture can be adapted without naming anything, whatever its router is; that the
+    experts stay frozen is told."""
+    model = mixture(family)
+    with pytest.warns(ll.AdapterWarning, match=r"experts stay frozen[\s\S]*targets="):
+        adapter = ll.attach(model, "lora", r=1)
+    assert not [path for path in adapter.sites if re.search(r"\.experts\.|router|mlp\.gate$", path)]
+
+
+def test_a_stack_of_which_the_sides_are_not_known_stays_out_of_reach() -> None:
+    """Promise: where sizes do not tell rows from columns, nothing is guessed."""
+
+    class Square(nn.Module):
+        pass
+
+    square = Square()
+    square.num_experts, square.hidden_size = 3, 8
+    square.gate_up_proj = nn.Parameter(torch.randn(3, 8, 8))
+    square.down_proj = nn.Parameter(torch.randn(3, 4, 8))
+    model = nn.ModuleDict({"experts": square, "layers": nn.ModuleList([nn.Linear(8, 8)])})
+    plan = ll.plan(model, "lora", r=2, targets=["down_proj", "layers"])
+    assert [p.path for p in plan.placements] == ["experts.down_proj", "layers.0"]
+    assert (plan.placements[0].layer.d_in, plan.placements[0].layer.d_out) == (4, 8)
+    assert any("gate_up_proj" in sentence for sentence in plan.unreachable)
 
 
 def test_a_plan_counts_a_large_mixture() -> None:

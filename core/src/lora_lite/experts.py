@@ -7,6 +7,7 @@ parameters is a layer here: its path is that of the parameter, its sizes are tho
 and its tensors are stacked, (experts, ...).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lora_lite.layers import LayerKind
 
 # What transformers calls the parameters that hold all experts.
-PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "weight")
 # What configurations call the number of experts that a token goes to.
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k")
 
@@ -128,22 +129,51 @@ class GivenWeight(LayerKind):
 def expert_stacks(module: nn.Module) -> dict[str, ExpertStack]:
     """The parameters of a module that hold experts, by name.
 
-    Only modules that say how their weights lie (`is_transposed`): those of transformers do.
+    Only where it is known how their weights lie: the experts of transformers say so, or have sizes
+    that show it.
     """
-    is_transposed: Any = module.__dict__.get("is_transposed")
-    if not isinstance(is_transposed, bool):
+    known = module.__dict__
+    if "is_transposed" not in known and "num_experts" not in known:
         return {}
-    return {
-        name: ExpertStack(name, is_transposed)
-        for name in PARAMETERS
-        if _holds_experts(module._parameters.get(name))
-    }
+    stacks = {}
+    for name in PARAMETERS:
+        parameter = module._parameters.get(name)
+        if parameter is not None and _holds_experts(parameter):
+            is_transposed = _is_transposed(known, name, parameter)
+            if is_transposed is not None:
+                stacks[name] = ExpertStack(name, is_transposed)
+    return stacks
 
 
-def _holds_experts(parameter: Tensor | None) -> bool:
+def _is_transposed(known: Mapping[str, Any], name: str, parameter: Tensor) -> bool | None:
+    """Whether a parameter is (experts, d_in, d_out); None if its module does not tell.
+
+    Args:
+        known: the attributes of the module.
+        name: of the parameter.
+        parameter: itself.
+    """
+    told = known.get("is_transposed")
+    if isinstance(told, bool):
+        return told
+    outer = known.get("hidden_size")  # of x for the first product, of y for the second one
+    d_in = known.get("input_size") if name == "weight" else outer
+    d_out = known.get("output_size") if name == "weight" else outer
+    if name == "down_proj":
+        d_in = None
+    elif name != "weight":
+        d_out = None
+    _, rows, columns = parameter.shape
+    as_linear = d_out in (None, rows) and d_in in (None, columns)
+    as_transposed = d_in in (None, rows) and d_out in (None, columns)
+    if (d_in is None and d_out is None) or as_linear == as_transposed:
+        return None
+    return as_transposed
+
+
+def _holds_experts(parameter: Tensor) -> bool:
     return (
-        parameter is not None
-        and parameter.ndim == 3
+        parameter.ndim == 3
         and parameter.is_floating_point()
         and parameter.element_size() > 1  # float8 is multiplied by kernels of its own
     )

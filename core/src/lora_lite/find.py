@@ -59,8 +59,13 @@ class Layer:
 
     @property
     def is_default(self) -> bool:
-        """Whether an adapter goes there without being asked to: to linear layers."""
-        return self.kind is None or self.kind.default
+        """Whether an adapter goes there without being asked to: to linear layers.
+
+        The router of a mixture may be a linear layer that returns its choice as well.
+        """
+        if self.kind is None:
+            return "num_experts" not in self.module.__dict__
+        return self.kind.default
 
     @property
     def has_matrix(self) -> bool:

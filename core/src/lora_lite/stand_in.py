@@ -140,6 +140,8 @@ def _bmm(first: Any, second: Any) -> Tensor:
     else:
         weight, x, axis = second, first, 1
     ids = weight._picked
+    if ids is None and axis == 1:
+        return _bmm_of_all(x, weight)
     if not isinstance(ids, Tensor) or ids.ndim != 1 or x.shape[axis] != 1:
         raise _not_understood(" in a product for all experts at once")
     order = ids.argsort()
@@ -153,6 +155,18 @@ def _bmm(first: Any, second: Any) -> Tensor:
 
     y = weight._times(x.squeeze(axis)[order], base, groups)
     return y[order.argsort()].unsqueeze(axis)
+
+
+def _bmm_of_all(x: Tensor, weight: StandIn) -> Tensor:
+    """As many rows for every expert: (experts, rows, d_in) (experts, d_in, d_out)."""
+    experts, rows, _ = x.shape
+    numbers = torch.arange(experts, device=x.device)
+    groups = Groups(numbers.repeat_interleave(rows), (rows * (numbers + 1)).int())
+
+    def base(flat: Tensor) -> Tensor:
+        return torch.bmm(flat.reshape(experts, rows, -1), weight._weights).flatten(0, 1)
+
+    return weight._times(x.flatten(0, 1), base, groups).reshape(experts, rows, -1)
 
 
 def _grouped(

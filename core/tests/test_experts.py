@@ -334,7 +334,8 @@ def test_the_default_leaves_experts_and_routers_alone(family: str) -> None:
     model = mixture(family)
     with pytest.warns(ll.AdapterWarning, match=r"experts stay frozen[\s\S]*targets="):
         adapter = ll.attach(model, "lora", r=1)
-    assert not [path for path in adapter.sites if re.search(r"\.experts\.|router|mlp\.gate$", path)]
+    alone = re.compile(r"experts\.(gate_up|down)_proj$|router$|mlp\.gate$|put_linear\.weight$")
+    assert not [path for path in adapter.sites if alone.search(path)]
 
 
 def test_a_stack_of_which_the_sides_are_not_known_stays_out_of_reach() -> None:
@@ -415,6 +416,24 @@ def test_another_use_of_the_weights_is_an_error(use: Callable[[Any], Any]) -> No
     with pytest.raises((ll.AdapterError, TypeError), match=r"not know|unsupported operand"):
         model["experts"]()
     assert "gate_up_proj" not in model["experts"].__dict__
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("_experts_implementation", "sonicmoe", "'sonicmoe'.*grouped_mm"),
+        ("_is_expert_parallel", True, "expert parallelism"),
+    ],
+)
+def test_kernels_that_would_pass_the_adapter_by_are_refused(
+    name: str, value: Any, told: str
+) -> None:
+    model = mixture()
+    attached(model)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    setattr(experts.config if name.startswith("_experts") else experts, name, value)
+    with pytest.raises(ll.AdapterError, match=told):
+        logits(model)
 
 
 # --- rows of several experts

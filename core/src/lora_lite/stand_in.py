@@ -27,6 +27,8 @@ from lora_lite.hooks import LayerHooks
 from lora_lite.ragged import LINEAR, MATMUL, Groups
 
 BMM = (torch.bmm, Tensor.bmm)
+# The ways to compute experts that go through these products, as transformers calls them.
+WAYS = ("eager", "batched_mm", "grouped_mm")
 # What a forward may ask of a parameter beside products.
 READ = (
     *("device", "dtype", "layout", "requires_grad", "is_cuda", "is_floating_point"),
@@ -198,6 +200,23 @@ def _not_understood(use: str) -> AdapterError:
 # --- before and after a forward of the module
 
 
+def _refuse_other_ways(module: nn.Module) -> None:
+    """An error for kernels that would read the parameter past the stand-in."""
+    way = getattr(module.__dict__.get("config"), "_experts_implementation", None)
+    if way is not None and way not in WAYS:
+        raise AdapterError(
+            f"the experts are computed by {way!r}, which an adapter on them cannot change",
+            expected=f"Known are {', '.join(WAYS)}",
+            fix="model.set_experts_implementation('grouped_mm'); or leave the experts out with "
+            "exclude=",
+        )
+    if module.__dict__.get("_is_expert_parallel", False):
+        raise AdapterError(
+            "these experts are spread over processes (expert parallelism)",
+            fix="Load the model without it, or leave the experts out with exclude=",
+        )
+
+
 class ExpertHooks(LayerHooks):
     """The hooks of a module that holds experts: stand-ins before its forward, and none after it."""
 
@@ -228,11 +247,8 @@ class ExpertHooks(LayerHooks):
             if isinstance(attachment, ExpertAttachment) and attachment.state.is_active:
                 run = ExpertRun(attachment, module)
                 runs.setdefault(attachment.stack.parameter, []).append(run)
-        if runs and getattr(module, "_is_expert_parallel", False):
-            raise AdapterError(
-                "these experts are spread over processes (expert parallelism)",
-                fix="Load the model without it, or leave the experts out with exclude=",
-            )
+        if runs:
+            _refuse_other_ways(module)
         by_row = [r for of in runs.values() for r in of if r.attachment.state.selection is not None]
         if by_row:
             layer = by_row[0].attachment.layer.path

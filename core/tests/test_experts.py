@@ -333,8 +333,8 @@ def test_the_default_leaves_experts_and_routers_alone(family: str) -> None:
     experts stay frozen is told."""
     model = mixture(family)
     with pytest.warns(ll.AdapterWarning, match=r"experts stay frozen[\s\S]*targets="):
-        adapter = ll.attach(model, "lora", r=1)
-    alone = re.compile(r"\.experts\.(gate_up|down)_proj$|router$|mlp\.gate$|put_linear\.weight$")
+        adapter = ll.attach(model, "lora", r=2)
+    alone = re.compile(r"\.experts\.(gate_up|down)_proj$|router$|gate$|put_linear\.weight$")
     assert not [path for path in adapter.sites if alone.search(path)]
 
 

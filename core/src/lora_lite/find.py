@@ -61,11 +61,13 @@ class Layer:
     def is_default(self) -> bool:
         """Whether an adapter goes there without being asked to: to linear layers.
 
-        The router of a mixture may be a linear layer that returns its choice as well.
+        Two parts of mixtures are none of them: a router that returns its choice as well, and a gate
+        of one output, which has no rank to choose.
         """
         if self.kind is None:
             return "num_experts" not in self.module.__dict__
-        return self.kind.default
+        _, d_out = self.kind.shape(self.module)
+        return self.kind.default and d_out > 1
 
     @property
     def has_matrix(self) -> bool:

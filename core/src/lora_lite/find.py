@@ -59,15 +59,20 @@ class Layer:
 
     @property
     def is_default(self) -> bool:
-        """Whether an adapter goes there without being asked to: to linear layers.
+        """Whether an adapter goes there without being asked to, if it lies in the blocks.
 
-        Two parts of mixtures are none of them: a router that returns its choice as well, and a gate
-        of one output, which has no rank to choose.
+        Two linear layers of mixtures are left alone: a router that returns its choice as well, and
+        a gate of one output, which has no rank to choose.
         """
         if self.kind is None:
             return "num_experts" not in self.module.__dict__
         _, d_out = self.kind.shape(self.module)
-        return self.kind.default and d_out > 1
+        return self.is_linear and d_out > 1
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer, or looks like one."""
+        return self.kind is None or self.kind.default
 
     @property
     def has_matrix(self) -> bool:

@@ -84,7 +84,7 @@ def _heads(
     return [
         layer.path
         for layer in layers[in_blocks[-1] + 1 :]
-        if layer.is_default
+        if layer.is_linear
         and layer.path not in chosen
         and layer not in output
         and trainable.get(f"{layer.path}.weight", False)

@@ -251,7 +251,10 @@ UNMEASURED = {
     "miss",
     "oft",
     "olora",
+    "randlora",
     "shira",
+    "vb_lora",
+    "vera",
 }
 """Variants without a row of results yet, because no sweep has chosen their learning rates."""
 

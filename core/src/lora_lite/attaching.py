@@ -17,10 +17,10 @@ from lora_lite.arguments import (
     seed_number,
     trainable_dtype,
 )
+from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling, checked_identity, checked_tensors, contract_error
 from lora_lite.calibration import Calibration, check_data
 from lora_lite.errors import AdapterError, TargetError
-from lora_lite.hooks import AdapterState
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.magnitudes import not_finite
 from lora_lite.modules import layer_modules, root_of
@@ -36,6 +36,7 @@ from lora_lite.registry import (
     take_off,
     undo,
 )
+from lora_lite.shared import one_for_all
 from lora_lite.state import flat, not_as_declared, start_values
 from lora_lite.unfit import refuse_unfit
 from lora_lite.variant import Tensors, Variant
@@ -241,9 +242,10 @@ def _start(
 ) -> dict[str, dict[str, Tensor]]:
     """The start values of every layer, by path and name."""
     values = {}
+    shared: dict[str, Tensor] = {}
     for placement in placements:
         site, variant, path = placement.site, placement.variant, placement.path
-        rng = partial(_generator, state.seed, state.name, path)
+        rng = partial(_generator, state.seed, state.name, placement)
         with calling(variant, "derive", path):
             given = placement.methods.derive(site)
         derived = checked_tensors(variant, "derive", given, path)
@@ -251,20 +253,27 @@ def _start(
             given = placement.methods.init(site, derived, statistics.get(path, {}), rng)
         started = checked_tensors(variant, "init", given, path)
         state.uses_base |= site.weight_was_read and not variant.replaces_weights
-        values[path] = start_values(placement, {**derived, **started}, dtype)
-    broken = not_finite(flat(values))
+        own = start_values(placement, {**derived, **started}, dtype)
+        values[path] = one_for_all(variant.name, placement.specs, own, shared)
+    broken = not_finite(flat(placements, values))
     if broken:
-        by_path = {placement.path: placement for placement in placements}
         lines = [f"{key}: has values that are not finite" for key in broken]
-        raise not_as_declared(by_path[broken[0].rpartition(".")[0]], lines)
+        raise not_as_declared(_first_with(placements, broken[0]), lines)
     return values
 
 
-def _generator(seed: int, adapter: str, path: str, tensor: str) -> torch.Generator:
-    """It depends on these four alone.
+def _first_with(placements: Iterable[Placement], key: str) -> Placement:
+    return next(each for each in placements if key in map(each.key, each.specs))
+
+
+def _generator(seed: int, adapter: str, placement: Placement, tensor: str) -> torch.Generator:
+    """It depends on seed, adapter, layer and tensor alone; for what layers share, not on the layer.
 
     The default name adds nothing, so that runs from before the name counted can be repeated.
     """
-    names = [path, tensor] if adapter == "default" else [adapter, path, tensor]
+    shared = placement.shared_keys.get(tensor)
+    names = [shared] if shared else [placement.path, tensor]
+    if adapter != "default":
+        names = [adapter, *names]
     digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

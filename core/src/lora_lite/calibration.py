@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling, describe
 from lora_lite.errors import CalibrationError
-from lora_lite.hooks import AdapterState
 from lora_lite.layers import layer_input
 from lora_lite.masks import Masks
 from lora_lite.per_expert import PerExpert

@@ -53,7 +53,7 @@ def _call_the_forward(variant: Variant, site: Site, layer: nn.Module, case: Case
     """Every method that is called in a forward or after a step, by hand, in both modes."""
     x = case.inputs(2, 3)
     y = case.model().layer(x)
-    values = inside.stored(variant, site, layer)
+    values = inside.stored(layer)
     for training in (False, True):
         layer.train(training)
         t = inside.read(variant, site, values)

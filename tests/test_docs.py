@@ -247,6 +247,7 @@ UNMEASURED = {
     "hira",
     "loha",
     "lokr",
+    "lora_ga",
     "milora",
     "miss",
     "oft",

@@ -19,7 +19,7 @@ from lora_lite.arguments import (
 )
 from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling, checked_identity, checked_tensors, contract_error
-from lora_lite.calibration import Calibration, check_data
+from lora_lite.calibration import Calibration, Loss, check_data
 from lora_lite.errors import AdapterError, TargetError
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.magnitudes import not_finite
@@ -54,6 +54,7 @@ def attach(
     layers: Indices = None,
     overrides: Overrides = None,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     **fields: Any,
@@ -74,6 +75,8 @@ def attach(
         overrides: other hyperparameters for some layers.
         calibration: model inputs (mappings, tuples or tensors; a DataLoader works), if the variant
             needs them.
+        loss: a function of the model's output and the batch, if the variant needs gradients of the
+            calibration data; None takes the output's `loss`.
         dtype: of the trainable tensors. It is float32 also on a bfloat16 base, unless told
             otherwise, since bfloat16 loses small updates.
         seed: of the random start values, which depend on the seed, the adapter's name, the layer's
@@ -83,7 +86,7 @@ def attach(
     Raises:
         UnknownVariantError, PluginError, FieldError, TargetError, LayerKindError, MisfitError: as
             `plan`.
-        CalibrationError: calibration data is missing, not needed, empty or rejected.
+        CalibrationError: calibration data or the loss is missing, not needed, empty or rejected.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
 
     Warns:
@@ -113,9 +116,9 @@ def attach(
         modules.update((placement.path, placement.module) for placement in chosen.placements)
         state = AdapterState(name, chosen.recipe, seed_number(seed))
         pass_over_data = Calibration(root, chosen.placements, _states(root).values())
-        check_data(chosen.placements, pass_over_data.observers.keys(), calibration)
+        check_data(chosen.placements, pass_over_data.observers, calibration, loss)
         registry = open_model(root, chosen._layers)
-        statistics = pass_over_data.run(calibration)
+        statistics = pass_over_data.run(calibration, loss)
         placements = _specialized(chosen.placements, statistics)
         values = _start(placements, statistics, state, dtype)
         install(root, state, placements, values)

@@ -42,7 +42,7 @@ def _call_the_start(variant: Variant, site: Site, case: Case) -> None:
     observer, statistics = variant.observe(site), {}
     if observer is not None:
         x = case.inputs(64)
-        observer.update(x, case.model().layer(x).detach())
+        inside.observe(observer, x, case.model().layer(x).detach())
         statistics = observer.result()
     with torch.no_grad(), suppress(ll.CalibrationError):
         variant.specialize({site.path: site}, {site.path: statistics})

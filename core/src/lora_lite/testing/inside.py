@@ -13,7 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lite.author import ScaledVariant, Site, Tensors, TensorSpec, Variant
+from lora_lite.author import (
+    GradientObserver,
+    Observer,
+    ScaledVariant,
+    Site,
+    Tensors,
+    TensorSpec,
+    Variant,
+)
+from lora_lite.calibration import wants_gradients
 from lora_lite.hooked import hooks_of
 from lora_lite.shared import name_on_root
 
@@ -39,6 +48,14 @@ def stored(layer: nn.Module) -> dict[str, nn.Parameter]:
     hooks = hooks_of(layer)
     assert hooks is not None, "no adapter is attached to this layer"
     return next(each for each in hooks.attachments if each.state.name == "default").stored(layer)
+
+
+def observe(observer: Observer | GradientObserver, x: Tensor, y: Tensor) -> None:
+    """One batch for an observer, with gradients if it wants them: those of Σ (1 - cos y)."""
+    if wants_gradients(observer):
+        cast(GradientObserver, observer).update(x, y, y.sin())
+    else:
+        cast(Observer, observer).update(x, y)
 
 
 def read(variant: Variant, site: Site, values: Tensors) -> dict[str, Tensor]:

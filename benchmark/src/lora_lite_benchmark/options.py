@@ -67,12 +67,14 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the validation problems alone, to choose settings",
     )
-    run.add_argument("--model", metavar="DIR|HUB_ID", help="a local directory, a hub id, or `tiny`")
+    run.add_argument(
+        "--model", metavar="DIR|HUB_ID", help="a local directory, a hub id, `tiny` or `skill`"
+    )
     for split in SPLITS:
         run.add_argument(
             f"--{split}",
             metavar="FILE|HUB_ID[:NAME[:SPLIT]]",
-            help="a JSON-lines file, a dataset of the hub, or `tiny`",
+            help="a JSON-lines file, a dataset of the hub, `tiny` or `skill`",
         )
         run.add_argument(
             f"--{split}-count", type=int, metavar="N", help=f"only the first N {split} rows"

@@ -247,11 +247,15 @@ UNMEASURED = {
     "hira",
     "loha",
     "lokr",
+    "lora_ga",
     "milora",
     "miss",
     "oft",
     "olora",
+    "randlora",
     "shira",
+    "vb_lora",
+    "vera",
 }
 """Variants without a row of results yet, because no sweep has chosen their learning rates."""
 

@@ -46,6 +46,24 @@ class Observer(Protocol):
         """The site's statistics, as `specialize` and `init` receive them."""
 
 
+class GradientObserver(Protocol):
+    """An observer that also sees the gradients of a loss (see `attach(loss=...)`)."""
+
+    wants_gradients: ClassVar[Literal[True]] = True
+
+    def update(self, x: Tensor, y: Tensor, grad_y: Tensor) -> None:
+        """Take in the rows of one batch.
+
+        Args:
+            x: (rows, d_in), the layer's inputs without padding.
+            y: (rows, d_out), the base's outputs for them.
+            grad_y: (rows, d_out), the gradient of the batch's loss by y.
+        """
+
+    def result(self) -> dict[str, Tensor]:
+        """The site's statistics, as `specialize` and `init` receive them."""
+
+
 class Variant(BaseModel, metaclass=VariantMeta):
     """A method with its hyperparameters chosen.
 
@@ -133,7 +151,7 @@ class Variant(BaseModel, metaclass=VariantMeta):
 
     # --- calibrate
 
-    def observe(self, site: Site) -> Observer | None:
+    def observe(self, site: Site) -> Observer | GradientObserver | None:
         """An observer, if these field values need calibration data; None if they do not."""
         return None
 

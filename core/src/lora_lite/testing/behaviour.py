@@ -42,7 +42,7 @@ def _call_the_start(variant: Variant, site: Site, case: Case) -> None:
     observer, statistics = variant.observe(site), {}
     if observer is not None:
         x = case.inputs(64)
-        observer.update(x, case.model().layer(x).detach())
+        inside.observe(observer, x, case.model().layer(x).detach())
         statistics = observer.result()
     with torch.no_grad(), suppress(ll.CalibrationError):
         variant.specialize({site.path: site}, {site.path: statistics})
@@ -53,7 +53,7 @@ def _call_the_forward(variant: Variant, site: Site, layer: nn.Module, case: Case
     """Every method that is called in a forward or after a step, by hand, in both modes."""
     x = case.inputs(2, 3)
     y = case.model().layer(x)
-    values = inside.stored(variant, site, layer)
+    values = inside.stored(layer)
     for training in (False, True):
         layer.train(training)
         t = inside.read(variant, site, values)

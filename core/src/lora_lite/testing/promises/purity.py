@@ -34,7 +34,7 @@ def deltas_write_nothing(case: Case) -> None:
     adapter = case.trained(model, layers=0)
     path, variant = next(iter(adapter.sites.items()))
     site, x = case.sites(model)[path], case.inputs(2, 3)
-    stored = inside.stored(variant, site, model.layer)
+    stored = inside.stored(model.layer)
     t = inside.read(variant, site, stored)
     y = plain_layer(case)(x)
     base = {f"base {name}": value for name, value in model.state_dict().items()}
@@ -112,7 +112,7 @@ def path_is_not_read_in_a_forward(case: Case) -> None:
     adapter = case.trained(model, layers=0)
     path, variant = next(iter(adapter.sites.items()))
     site, x = case.sites(model)[path], case.inputs(2, 3)
-    values = inside.stored(variant, site, model.layer)
+    values = inside.stored(model.layer)
     y, hidden = plain_layer(case)(x), inside.nameless(site)
     for training in (False, True):
         model.train(training)
@@ -188,7 +188,7 @@ def _tensors_read(case: Case) -> tuple[set[str], set[str]]:
     adapter = case.trained(model)
     path, variant = next(iter(adapter.sites.items()))
     site, layer, x = case.sites(model)[path], model.get_submodule(path), case.inputs(2, 3)
-    stored = inside.stored(variant, site, layer)
+    stored = inside.stored(layer)
     y, seen = case.model().get_submodule(path)(x), set()
     for training in (False, True):
         layer.train(training)

@@ -247,6 +247,7 @@ UNMEASURED = {
     "hira",
     "loha",
     "lokr",
+    "lora_bias",
     "milora",
     "miss",
     "oft",

@@ -249,6 +249,7 @@ UNMEASURED = {
     "loha",
     "lokr",
     "lora_ga",
+    "lora_bias",
     "milora",
     "miss",
     "oft",

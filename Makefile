@@ -13,8 +13,8 @@ export HF_HUB_OFFLINE = 1
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
-demo: $(INSTALLED)  ## Train LoRA and AntiPaSTO on the embedded model, reload them, print the table, write the report
-	$(BIN)/lora-lite-bench run --preset tiny --variants lora antipasto --out results/demo
+demo: $(INSTALLED)  ## Train LoRA and AntiPaSTO on both embedded models, reload them, print both tables, write the report
+	$(BIN)/lora-lite-bench run --preset tiny skill --variants lora antipasto --out results/demo
 
 bench: $(INSTALLED)  ## Train every variant on the embedded model with three seeds, print the table, write the report (over an hour; goes on when interrupted)
 	$(BIN)/lora-lite-bench run --preset tiny --variants all --seeds 0 1 2 --out results/bench

@@ -160,7 +160,10 @@ def half_precision() -> Callable[..., None]:
         double.load_state_dict(
             {k: v.to(double.state_dict()[k]) for k, v in adapter.state_dict().items()}
         )
-        t = {key.split(".")[1]: value for key, value in adapter.state_dict().items()}
+        t = {
+            key.split(".")[1].partition(":")[0]: value
+            for key, value in adapter.state_dict().items()
+        }
         specs = adapter.variant.tensors(placement.site)
         read = {
             key: value

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+FIELDS = {"vb_lora": {"length": 4, "vectors": 6}}
+
 
 class Net(nn.Module):
     """Two residual blocks of linear layers."""
@@ -62,9 +64,14 @@ class Mixtures(nn.Module):
 def attached(variant: str, value: float = 0.1) -> tuple[Net, ll.Adapter]:
     """The same model and adapter in every process."""
     model = Net()
-    adapter = ll.attach(model, variant, r=4)
+    adapter = attach(model, variant)
     fill(adapter, value)
     return model, adapter
+
+
+def attach(model: nn.Module, variant: str, **arguments: Any) -> ll.Adapter:
+    """The variant with the fields that fit these small layers."""
+    return ll.attach(model, variant, r=4, **FIELDS.get(variant, {}), **arguments)
 
 
 def fill(adapter: ll.Adapter, value: float) -> None:
@@ -131,9 +138,14 @@ def fsdp2(variant: str, folder: Path) -> dict[str, Any]:
     adapter.load_state_dict(full)
     facts: dict[str, Any] = {
         "state": same(adapter.state_dict(), full),
-        "output": torch.allclose(model(inputs()), wanted, atol=1e-6),
         "sharded": all(hasattr(p, "full_tensor") for p in adapter.parameters()),
+        "output": torch.allclose(model(inputs()), wanted, atol=1e-6),
     }
+    zeros = {name: 0 * value for name, value in full.items()}
+    adapter.load_state_dict(zeros)  # the outermost group is whole after a forward
+    model.reshard()
+    facts["kept"] = same(adapter.state_dict(), zeros)
+    adapter.load_state_dict(full)
     sharded = dict(adapter.named_parameters())
     frozen = {name: value for name, value in full.items() if name not in sharded}
     fill(adapter, 0.1)
@@ -157,20 +169,43 @@ def fsdp2(variant: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def gradients(variant: str, _: Path) -> dict[str, Any]:
+    """Outputs and gradients, sharded as before; inside of another module; and by blocks alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = [computed(*attached(variant), is_sharded) for is_sharded in (False, True)]
+    inner, _adapter = attached(variant)
+    outer = nn.Sequential(inner)
+    model, _adapter = attached(variant)
+    for block in (*inner.blocks, *model.blocks):
+        fully_shard(block)
+    fully_shard(outer)
+    return {
+        "same": all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True)),
+        "inside another": torch.allclose(outer(inputs()), found[0][0], atol=1e-5),
+        "blocks alone": outcome(lambda: model(inputs())),
+    }
+
+
+def computed(model: nn.Module, adapter: ll.Adapter, is_sharded: bool) -> list[Tensor]:
+    """The output, and the gradient of every parameter, whole."""
+    if is_sharded:
+        shard(model)
+    output = model(inputs())
+    output.square().mean().backward()
+    found = [p.grad for p in adapter.parameters()]
+    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
+    return [output.detach(), *whole]
+
+
 def experts(variant: str, folder: Path) -> dict[str, Any]:
     """An adapter on experts: outputs, gradients and a file, sharded as before."""
     found = []
     for is_sharded in (False, True):
         model = Mixtures()
-        adapter = ll.attach(model, variant, r=4, targets="down_proj")
+        adapter = attach(model, variant, targets="down_proj")
         fill(adapter, 0.1)
-        if is_sharded:
-            shard(model)
-        output = model(inputs())
-        output.square().mean().backward()
-        gradients = [p.grad for p in adapter.parameters()]
-        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
-        found.append((output.detach(), *whole))
+        found.append(computed(model, adapter, is_sharded))
     adapter.save(folder / f"{variant}.experts")
     dist.barrier()
     plain = Mixtures()
@@ -253,13 +288,15 @@ def resumed(variant: str, _: Path) -> dict[str, Any]:
     set_model_state_dict(again, state)
     facts: dict[str, Any] = {"same": same(other.state_dict(), expected)}
     renamed = Net()
-    ll.attach(renamed, variant, r=4, name="other")
+    attach(renamed, variant, name="other")
     shard(renamed)
     facts["another name"] = outcome(lambda: renamed.load_state_dict(state, strict=False))
     return facts
 
 
-CASES = {f.__name__: f for f in (fsdp2, experts, fsdp1, fsdp1_summoned, ddp_inside, resumed)}
+CASES = {
+    f.__name__: f for f in (fsdp2, gradients, experts, fsdp1, fsdp1_summoned, ddp_inside, resumed)
+}
 
 
 def main() -> None:

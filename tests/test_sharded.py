@@ -22,6 +22,7 @@ from torch.func import functional_call, vmap
 Make = Callable[..., nn.Module]
 WORKER = Path(__file__).with_name("sharded_worker.py")
 VARIANTS = ("lora", "antipasto")
+SHARING = ("vera", "vb_lora", "adalora")  # frozen and trainable tensors that all layers share
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         str(WORKER),
         str(folder),
         *VARIANTS,
+        *SHARING,
     ]
     done = subprocess.run(
         command,
@@ -62,28 +64,36 @@ def is_refused(text: str, words: str) -> bool:
     return bool(re.match(r"Adapter(File)?Error: ", text)) and bool(re.search(words, text))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS + SHARING)
 def test_fsdp2_loads_a_state(facts: list[dict[str, Any]], variant: str) -> None:
     """Promise: load_state_dict copies a full state, and a state of DTensors, into sharded tensors;
     each process keeps its shard; a file saved afterwards is whole."""
     for found in of(facts, "fsdp2", variant):
-        assert {key: found[key] for key in ("state", "output", "sharded", "dtensors", "file")} == {
-            "state": True,
-            "output": True,
-            "sharded": True,
-            "dtensors": True,
-            "file": True,
-        }
+        keys = ("state", "sharded", "output", "kept", "dtensors", "file")
+        assert {key: found[key] for key in keys} == dict.fromkeys(keys, True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS + SHARING)
 def test_fsdp2_refuses_a_wrong_state_everywhere(facts: list[dict[str, Any]], variant: str) -> None:
     """Promise: a wrong state is an error in every process, before any shard of any tensor is
     written."""
     for found in of(facts, "fsdp2", variant):
         for wrong in ("nan", "shape", "overflow"):
-            assert is_refused(found[wrong], r"blocks\.\d"), found[wrong]
+            assert is_refused(found[wrong], r"blocks\.\d|shared:"), found[wrong]
         assert found["untouched"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS + SHARING)
+def test_fsdp2_computes_what_one_process_does(facts: list[dict[str, Any]], variant: str) -> None:
+    """Promise: outputs and gradients under FSDP2 are those of one process, also of tensors that
+    layers share; where these would not be reduced, an error says how to shard."""
+    for found in of(facts, "gradients", variant):
+        assert found["same"]
+        assert found["inside another"]
+        if variant == "vb_lora":
+            assert is_refused(found["blocks alone"], r"fully_shard\(model\)"), found
+        else:
+            assert found["blocks alone"] == "done"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +104,7 @@ def test_fsdp2_shards_adapters_of_experts(facts: list[dict[str, Any]], variant: 
         assert found == {"same": True, "file": True}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS + SHARING)
 def test_resuming_a_sharded_model(facts: list[dict[str, Any]], variant: str) -> None:
     """Promise: the state dict of a sharded model resumes, and another adapter's is refused."""
     for found in of(facts, "resumed", variant):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lora_lite_benchmark.cli import TABLE_FILES, main
 from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.models import load_model
 from lora_lite_benchmark.results import Result, load_results
 from lora_lite_benchmark.run import run_one
@@ -226,6 +227,24 @@ def test_calibration_reaches_a_variant_that_asks_for_it(make_config: Make, tmp_p
     assert result.measurements.calibration_s > 0
     assert result.measurements.init_s is not None
     assert result.measurements.init_s > 0
+
+
+def test_several_presets_make_a_table_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedded tasks side by side: each table says what its task measures, and so does the
+    page.
+    """
+    small = ["--steps", "2", "--batch-size", "4", "--train-count", "8", "--test-count", "4"]
+    small += ["--max-new-tokens", "4", "--variants", "lora:r=1", "--out", str(tmp_path)]
+    assert main(["run", "--preset", "tiny", "skill", *small]) == 0
+    printed = capsys.readouterr().out
+    assert "**tiny**, tested on 4 problems of tiny" in printed
+    assert "**skill**, tested on 4 problems of skill" in printed
+    page = (tmp_path / "report.html").read_text()
+    for task in TASKS.values():
+        assert task.measures in printed
+        assert task.measures in page
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

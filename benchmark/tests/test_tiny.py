@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_lite_benchmark.pretraining import layout, train_tokenizer
 from lora_lite_benchmark.tiny import (
     EDITION,
     MODEL_DIR,
@@ -17,7 +18,7 @@ from lora_lite_benchmark.tiny import (
     train_problems,
     validation_problems,
 )
-from lora_lite_benchmark.tiny.pretrain import layout
+from lora_lite_benchmark.tiny.pretrain import problem_at_home
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -146,9 +147,7 @@ def test_every_digit_is_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_the_shipped_tokenizer_is_what_the_script_trains(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    from lora_lite_benchmark.tiny.pretrain import train_tokenizer
-
-    assert train_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert train_tokenizer(problem_at_home).get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_base_answers_in_the_format_but_seldom_right(

@@ -57,11 +57,11 @@ NAMES: list[str | None] = ["a", None, "b", "a", "b"]
 def test_rows_come_out_as_with_their_own_adapter(blocks: Make, variant: str) -> None:
     """Promise: a batch by rows is its rows one by one, with gradients, for every variant; after it
     the model is as before."""
-    model = blocks()
+    model = blocks().double()
     for seed, name in enumerate(("a", "b", "c")):
-        options = VARIANTS[variant]
-        moved(ll.attach(model, variant, name=name, targets=r"\.(up|down)$", **options), seed)
-    x = torch.randn(5, 3, 8)
+        options = {"dtype": torch.float64, "targets": r"\.(up|down)$", **VARIANTS[variant]}
+        moved(ll.attach(model, variant, name=name, **options), seed)
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
     before = model(x)
     expected = one_by_one(model, x, NAMES)
     model.zero_grad()

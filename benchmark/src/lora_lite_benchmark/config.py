@@ -11,15 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 
-__all__ = ["SPECIAL_ROWS", "TINY", "FieldValue", "Record", "RunConfig", "Source"]
+__all__ = ["SPECIAL_ROWS", "FieldValue", "Record", "RunConfig", "Source"]
 
 SPECIAL_ROWS = ("base", "full")
 """Rows without an adapter: the base as it is, and the base with every weight trained."""
-
-TINY = "tiny"
-"""The name of the embedded model and of the embedded data."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -64,7 +62,8 @@ class Source(Record):
     """Where questions and answers come from.
 
     Attributes:
-        path: a local JSON-lines file, the id of a dataset on the hub, or "tiny".
+        path: a local JSON-lines file, the id of a dataset on the hub, or the name of an embedded
+            task, such as "tiny".
         name: the dataset's configuration on the hub, such as "main" for GSM8K.
         split: which part of a dataset.
         start: the first row.
@@ -81,8 +80,8 @@ class Source(Record):
 
     @classmethod
     def parse(cls, text: str, split: str) -> dict[str, Any]:
-        """The fields that `FILE`, `tiny` or `HUB_ID[:NAME[:SPLIT]]` stands for."""
-        if text == TINY:
+        """The fields that `FILE`, `tiny`, `skill` or `HUB_ID[:NAME[:SPLIT]]` stands for."""
+        if text in TASKS:
             return {"path": text, "split": split}
         if Path(text).expanduser().exists() or text.endswith((".json", ".jsonl")):
             return {"path": text}
@@ -100,7 +99,7 @@ class RunConfig(Record):
     # The row's name in the table, as it was asked for: "lora:r=4".
     label: str
 
-    # "tiny", a local directory, or a hub id.
+    # An embedded task ("tiny", "skill"), a local directory, or a hub id.
     model: str
     # Of a hub id; None is the newest.
     revision: str | None = None

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_lite_benchmark import tiny
-from lora_lite_benchmark.config import TINY, RunConfig, Source
+from lora_lite_benchmark.config import RunConfig, Source
+from lora_lite_benchmark.embedded import TASKS, EmbeddedTask
 from lora_lite_benchmark.errors import BenchmarkError
 
 __all__ = [
@@ -34,7 +34,7 @@ COLUMNS = (("query", "response"), ("question", "answer"))
 IGNORED = -100
 """The label of a position that is not part of an answer."""
 
-TINY_TRAINING_ROWS = 10_000
+EMBEDDED_TRAINING_ROWS = 10_000
 """How many embedded training problems are made if the source does not say."""
 
 
@@ -76,7 +76,8 @@ def load_problems(source: Source) -> list[Problem]:
     Raises BenchmarkError if it cannot be read, has no such rows, has other columns, or has a row
     without text.
     """
-    rows = _tiny_rows(source) if source.path == TINY else _dataset(source)
+    task = TASKS.get(source.path)
+    rows = _embedded_rows(task, source) if task else _dataset(source)
     stop = None if source.count is None else source.start + source.count
     chosen = range(len(rows))[source.start : stop]
     if not chosen:
@@ -107,11 +108,11 @@ def _columns(source: Source, given: Sequence[str]) -> tuple[str, str]:
     )
 
 
-def _tiny_rows(source: Source) -> list[dict[str, str]]:
+def _embedded_rows(task: EmbeddedTask, source: Source) -> list[dict[str, str]]:
     stop = None if source.count is None else source.start + source.count
     if source.split == "train":
-        return tiny.train_problems(stop or TINY_TRAINING_ROWS)
-    make = tiny.validation_problems if source.split == "validation" else tiny.test_problems
+        return task.train(stop or EMBEDDED_TRAINING_ROWS)
+    make = task.validation if source.split == "validation" else task.test
     return make(stop) if stop else make()
 
 
@@ -121,7 +122,7 @@ def _dataset(source: Source) -> Any:
     if not is_file and source.path.endswith((".json", ".jsonl")):
         raise BenchmarkError(
             f"there is no file {source.path}",
-            expected="Questions and answers come from a JSON-lines file, `tiny`, or the hub",
+            expected="They come from a JSON-lines file, `tiny`, `skill`, or the hub",
         )
 
     import datasets

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lite_benchmark.config import TINY, RunConfig
+from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import model_digest
-from lora_lite_benchmark.tiny import MODEL_DIR
 
 __all__ = ["load_model", "load_tokenizer"]
 
@@ -85,7 +85,7 @@ def _tokenizer(model: str, digest: str | None, revision: str | None) -> Any:
 
 def _load(kind: Any, model: str, digest: str | None, revision: str | None, **options: Any) -> Any:
     """`kind.from_pretrained`, after checking that a local directory is what the config says."""
-    path = str(MODEL_DIR) if model == TINY else model
+    path = str(TASKS[model].model_dir) if model in TASKS else model
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise BenchmarkError(
             f"the directory {path} holds no config.json",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ SETTINGS = (
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
-        "--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)"
+        "--preset",
+        nargs="+",
+        default=["tiny"],
+        help=f"one or several of {', '.join(preset_names())} (default: tiny)",
     )
     run.add_argument(
         "--variants",
@@ -67,12 +71,14 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the validation problems alone, to choose settings",
     )
-    run.add_argument("--model", metavar="DIR|HUB_ID", help="a local directory, a hub id, or `tiny`")
+    run.add_argument(
+        "--model", metavar="DIR|HUB_ID", help="a local directory, a hub id, `tiny` or `skill`"
+    )
     for split in SPLITS:
         run.add_argument(
             f"--{split}",
             metavar="FILE|HUB_ID[:NAME[:SPLIT]]",
-            help="a JSON-lines file, a dataset of the hub, or `tiny`",
+            help="a JSON-lines file, a dataset of the hub, `tiny` or `skill`",
         )
         run.add_argument(
             f"--{split}-count", type=int, metavar="N", help=f"only the first N {split} rows"
@@ -99,20 +105,24 @@ def _metavar(setting: str) -> str:
 
 
 def plan(options: argparse.Namespace) -> list[RunConfig]:
-    """Every run that the options ask for, each once, the base first."""
-    preset = Preset.load(options.preset)
+    """Every run that the options ask for, each once: a preset after the other, its base first."""
+    runs: dict[str, RunConfig] = {}
+    for name in options.preset:
+        for config in _plan_preset(options, Preset.load(name)):
+            runs.setdefault(config.hash, config)
+    return list(runs.values())
+
+
+def _plan_preset(options: argparse.Namespace, preset: Preset) -> Iterator[RunConfig]:
     overrides = _overrides(options, preset)
     fields = dict(parse_assignment(text, "--set") for text in options.set)
-    runs: dict[str, RunConfig] = {}
     for row in _rows(options, preset):
         variant, _, own_arm = row.partition("@")
         row_fields = None if variant in SPECIAL_ROWS else fields
         for arm in preset.arms:
             name = f"{row}@{arm}" if arm and not own_arm else row
             for seed in options.seeds:
-                config = resolve(preset, name, row_fields, **overrides, seed=seed)
-                runs.setdefault(config.hash, config)
-    return list(runs.values())
+                yield resolve(preset, name, row_fields, **overrides, seed=seed)
 
 
 def _rows(options: argparse.Namespace, preset: Preset) -> list[str]:

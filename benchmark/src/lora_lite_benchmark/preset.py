@@ -19,10 +19,10 @@ from typing import Any
 from lora_lite.errors import did_you_mean
 from pydantic import PositiveFloat, ValidationError
 
-from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, TINY, FieldValue, Record, RunConfig
+from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, FieldValue, Record, RunConfig
+from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import model_digest, sha256
-from lora_lite_benchmark.tiny import EDITION, MODEL_DIR
 from lora_lite_benchmark.variants import recommended_lr, resolved_fields
 
 __all__ = ["ALL", "Preset", "PresetRow", "parse_assignment", "parse_row", "preset_names", "resolve"]
@@ -216,16 +216,16 @@ def _identify_files(values: Mapping[str, Any]) -> dict[str, Any]:
         if source := result.get(split):
             result[split] = _identify_source(source)
     model = str(result.get("model"))
-    folder = MODEL_DIR if model == TINY else Path(model).expanduser()
+    folder = TASKS[model].model_dir if model in TASKS else Path(model).expanduser()
     if folder.is_dir():
-        result["model"] = TINY if model == TINY else str(folder.resolve())
+        result["model"] = model if model in TASKS else str(folder.resolve())
         result["model_sha256"] = model_digest(folder)
     return result
 
 
 def _identify_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    if source.get("path") == TINY:
-        return {**source, "sha256": EDITION}
+    if task := TASKS.get(source.get("path", "")):
+        return {**source, "sha256": task.edition}
     path = Path(source.get("path", "")).expanduser()
     if path.is_file():
         return {**source, "path": str(path.resolve()), "sha256": sha256(path)}

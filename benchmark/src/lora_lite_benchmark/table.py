@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_lite_benchmark.config import Source
+from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.figures import UNQUANTISED, Figures, figures, separated_by_loss_alone
 from lora_lite_benchmark.results import Result
 from lora_lite_benchmark.rows import REFERENCE, Group, group_rows
@@ -120,6 +122,7 @@ class Table:
         figures: those of every row, in full.
         model: the name of the base model.
         tested: what the rows were trained and tested on.
+        measures: what the task tells of an adapter; empty if the problems are not embedded ones.
         header: the titles of the columns that are shown.
         cells: a line for each row.
         footnote: what a reader must know of the columns.
@@ -129,6 +132,7 @@ class Table:
     figures: tuple[Figures, ...]
     model: str
     tested: str
+    measures: str
     header: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
     footnote: str
@@ -152,6 +156,7 @@ def _table(group: Group) -> Table:
         figures=rows,
         model=Path(group.rows[0].config.model).name,
         tested=_tested(group) + _trained(group),
+        measures=_measures(group),
         header=tuple(shown),
         cells=tuple(zip(*shown.values(), strict=True)),
         footnote=_footnote(group),
@@ -170,6 +175,8 @@ def to_markdown(tables: Sequence[Table]) -> str:
 def _markdown(table: Table) -> str:
     names_left = ["---" if title == "variant" else "---:" for title in table.header]
     lines = [f"**{table.model}**, {table.tested}", ""]
+    if table.measures:
+        lines += [table.measures, ""]
     lines.append(f"| {' | '.join(table.header)} |")
     lines.append(f"|{'|'.join(names_left)}|")
     lines += [f"| {' | '.join(cells)} |" for cells in table.cells]
@@ -204,10 +211,21 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 def _tested(group: Group) -> str:
-    row = group.rows[-1]
-    source = row.config.test or row.config.validation
-    assert source is not None
-    return f"tested on {len(row.judged.tokens):,} problems of {Path(source.path).name}"
+    problems = len(group.rows[-1].judged.tokens)
+    return f"tested on {problems:,} problems of {Path(_source(group).path).name}"
+
+
+def _measures(group: Group) -> str:
+    task = TASKS.get(_source(group).path)
+    return task.measures if task else ""
+
+
+def _source(group: Group) -> Source:
+    """Where the questions come from that the group's rows are compared on."""
+    config = group.rows[-1].config
+    source = config.test or config.validation
+    assert source is not None  # RunConfig asks for one of them
+    return source
 
 
 def _trained(group: Group) -> str:

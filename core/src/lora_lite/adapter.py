@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lite import after_step
 from lora_lite.adapter_state import overwrite_tensors, saved_tensors
 from lora_lite.adapter_text import adapter_text
 from lora_lite.arguments import finite_scale, flag
+from lora_lite.attachment import AdapterState, Attachment
 from lora_lite.author_mistakes import calling, checked_macs, checked_penalty
 from lora_lite.change import LayerChange, changes_at
 from lora_lite.errors import AdapterError
 from lora_lite.fileformat import FilePath
 from lora_lite.groups import Groups, Rates, parameter_groups
-from lora_lite.hooks import AdapterState, Attachment
-from lora_lite.layers import overwrite, whole
+from lora_lite.layers import whole
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.low_rank import LowRank, low_rank
 from lora_lite.merged import MergedLayer, merged_layer
 from lora_lite.registry import refuse_detached, take_off
 from lora_lite.restore import restore
 from lora_lite.saving import save_adapter, write_format
+from lora_lite.shared import tensor_key
 from lora_lite.site import Site
 from lora_lite.tensor_spec import TensorSpec
 from lora_lite.variant import Variant
@@ -107,23 +109,20 @@ class Adapter:
 
     def project(self) -> None:
         """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
-        with torch.no_grad():
-            for attachment, site, t in self._each():
-                values = {name: whole(tensor) for name, tensor in t.items()}
-                with calling(attachment.variant, "project", site.path):
-                    attachment.methods.project(site, values)
-                for name, tensor in t.items():
-                    if values[name] is not tensor:  # it is sharded
-                        overwrite(tensor, values[name])
+        after_step.project(self)
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call `project` after every step of `optimizer`; `remove()` of the handle ends that."""
-        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        return inner.register_step_post_hook(self._project_if_attached)
+        """After every step of `optimizer`, do what the method asks for; `remove()` ends that.
 
-    def _project_if_attached(self, *_: Any) -> None:
+        That is to call `project`, and for methods with a schedule to count the step (`advance`).
+        """
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return inner.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
         if self._state.attachments:
-            self.project()
+            after_step.advance(self)
+            after_step.project(self)
 
     def penalty(self) -> Tensor:
         """The sum of the variant's penalties in all layers: a scalar to be added to the loss.
@@ -234,8 +233,7 @@ class Adapter:
     def low_rank(self, rank: int | None = None) -> dict[str, LowRank]:
         """The change of every layer as factors, y' - y = B (A x) + c, by path.
 
-        They are exact at the present `scale`, for every variant whose change is of low rank. The
-        model is not touched.
+        Exact at the present `scale` for every change of low rank. The model is not touched.
 
         Args:
             rank: the largest rank to keep. Where a change is of higher rank, its largest part is
@@ -341,7 +339,10 @@ class Adapter:
             yield from changes_at(attachment, self._modules[path])
 
     def _tensors(self) -> Iterator[tuple[str, TensorSpec, nn.Parameter]]:
-        """Every stored tensor, with its key and spec."""
+        """Every stored tensor once, with its key and spec."""
+        found: dict[str, tuple[TensorSpec, nn.Parameter]] = {}
         for attachment, site, t in self._each():
             for name, spec in attachment.specs.items():
-                yield f"{site.path}.{name}", spec, t[name]
+                key = tensor_key(site.path, attachment.variant.name, name, spec)
+                found.setdefault(key, (spec, t[name]))  # layers may share it
+        return ((key, *each) for key, each in found.items())

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from lora_lite.author_mistakes import calling, checked_tensors
 from lora_lite.layers import overwrite, whole
 from lora_lite.placements import Placement
+from lora_lite.shared import tensor_key
 from lora_lite.state import flat, refuse_overflow, unpack
+from lora_lite.tensor_spec import TensorSpec
 from lora_lite.unfit import refuse_shards
+from lora_lite.wrapped import reshard
 
 if TYPE_CHECKING:
     from lora_lite.adapter import Adapter
+
+UNDECLARED = TensorSpec((1,))  # of what `state_dict` saves under a name of its own
 
 
 def saved_tensors(adapter: Adapter, derived: bool) -> dict[str, Tensor]:
@@ -34,8 +39,10 @@ def saved_tensors(adapter: Adapter, derived: bool) -> dict[str, Tensor]:
             given = attachment.methods.state_dict(site, stored)
         saved = checked_tensors(attachment.variant, "state_dict", given, site.path)
         for name, value in saved.items():
-            if f"{site.path}.{name}" not in left_out:
-                state[f"{site.path}.{name}"] = value
+            spec = attachment.specs.get(name, UNDECLARED)
+            key = tensor_key(site.path, attachment.variant.name, name, spec)
+            if key not in left_out:
+                state[key] = value
     return state
 
 
@@ -51,11 +58,11 @@ def overwrite_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         for path, each in adapter._state.attachments.items()
     ]
     values = unpack(placements, tensors)
-    targets: dict[str, nn.Parameter] = {}
+    reshard(adapter._root)
     for attachment, site, t in adapter._each():
         refuse_shards(adapter.name, site.path, attachment.specs, t)
-        targets |= {f"{site.path}.{name}": target for name, target in t.items()}
-    cast = {key: value.to(targets[key].dtype) for key, value in flat(values).items()}
+    targets = {key: target for key, _, target in adapter._tensors()}
+    cast = {key: value.to(targets[key].dtype) for key, value in flat(placements, values).items()}
     refuse_overflow(cast)
     with torch.no_grad():
         for key, target in targets.items():

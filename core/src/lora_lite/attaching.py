@@ -17,10 +17,10 @@ from lora_lite.arguments import (
     seed_number,
     trainable_dtype,
 )
+from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling, checked_identity, checked_tensors, contract_error
-from lora_lite.calibration import Calibration, check_data
+from lora_lite.calibration import Calibration, Loss, check_data
 from lora_lite.errors import AdapterError, TargetError
-from lora_lite.hooks import AdapterState
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.magnitudes import not_finite
 from lora_lite.modules import layer_modules, root_of
@@ -36,6 +36,7 @@ from lora_lite.registry import (
     take_off,
     undo,
 )
+from lora_lite.shared import one_for_all
 from lora_lite.state import flat, not_as_declared, start_values
 from lora_lite.unfit import refuse_unfit
 from lora_lite.variant import Tensors, Variant
@@ -53,6 +54,7 @@ def attach(
     layers: Indices = None,
     overrides: Overrides = None,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     **fields: Any,
@@ -73,6 +75,8 @@ def attach(
         overrides: other hyperparameters for some layers.
         calibration: model inputs (mappings, tuples or tensors; a DataLoader works), if the variant
             needs them.
+        loss: a function of the model's output and the batch, if the variant needs gradients of the
+            calibration data; None takes the output's `loss`.
         dtype: of the trainable tensors. It is float32 also on a bfloat16 base, unless told
             otherwise, since bfloat16 loses small updates.
         seed: of the random start values, which depend on the seed, the adapter's name, the layer's
@@ -82,7 +86,7 @@ def attach(
     Raises:
         UnknownVariantError, PluginError, FieldError, TargetError, LayerKindError, MisfitError: as
             `plan`.
-        CalibrationError: calibration data is missing, not needed, empty or rejected.
+        CalibrationError: calibration data or the loss is missing, not needed, empty or rejected.
         AdapterError: the name is in use, or the model cannot carry an adapter as it is.
 
     Warns:
@@ -112,9 +116,9 @@ def attach(
         modules.update((placement.path, placement.module) for placement in chosen.placements)
         state = AdapterState(name, chosen.recipe, seed_number(seed))
         pass_over_data = Calibration(root, chosen.placements, _states(root).values())
-        check_data(chosen.placements, pass_over_data.observers.keys(), calibration)
+        check_data(chosen.placements, pass_over_data.observers, calibration, loss)
         registry = open_model(root, chosen._layers)
-        statistics = pass_over_data.run(calibration)
+        statistics = pass_over_data.run(calibration, loss)
         placements = _specialized(chosen.placements, statistics)
         values = _start(placements, statistics, state, dtype)
         install(root, state, placements, values)
@@ -241,9 +245,10 @@ def _start(
 ) -> dict[str, dict[str, Tensor]]:
     """The start values of every layer, by path and name."""
     values = {}
+    shared: dict[str, Tensor] = {}
     for placement in placements:
         site, variant, path = placement.site, placement.variant, placement.path
-        rng = partial(_generator, state.seed, state.name, path)
+        rng = partial(_generator, state.seed, state.name, placement)
         with calling(variant, "derive", path):
             given = placement.methods.derive(site)
         derived = checked_tensors(variant, "derive", given, path)
@@ -251,20 +256,27 @@ def _start(
             given = placement.methods.init(site, derived, statistics.get(path, {}), rng)
         started = checked_tensors(variant, "init", given, path)
         state.uses_base |= site.weight_was_read and not variant.replaces_weights
-        values[path] = start_values(placement, {**derived, **started}, dtype)
-    broken = not_finite(flat(values))
+        own = start_values(placement, {**derived, **started}, dtype)
+        values[path] = one_for_all(variant.name, placement.specs, own, shared)
+    broken = not_finite(flat(placements, values))
     if broken:
-        by_path = {placement.path: placement for placement in placements}
         lines = [f"{key}: has values that are not finite" for key in broken]
-        raise not_as_declared(by_path[broken[0].rpartition(".")[0]], lines)
+        raise not_as_declared(_first_with(placements, broken[0]), lines)
     return values
 
 
-def _generator(seed: int, adapter: str, path: str, tensor: str) -> torch.Generator:
-    """It depends on these four alone.
+def _first_with(placements: Iterable[Placement], key: str) -> Placement:
+    return next(each for each in placements if key in map(each.key, each.specs))
+
+
+def _generator(seed: int, adapter: str, placement: Placement, tensor: str) -> torch.Generator:
+    """It depends on seed, adapter, layer and tensor alone; for what layers share, not on the layer.
 
     The default name adds nothing, so that runs from before the name counted can be repeated.
     """
-    names = [path, tensor] if adapter == "default" else [adapter, path, tensor]
+    shared = placement.shared_keys.get(tensor)
+    names = [shared] if shared else [placement.path, tensor]
+    if adapter != "default":
+        names = [adapter, *names]
     digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from lora_lite.attaching import adapters
+from lora_lite.attachment import AdapterState
 from lora_lite.errors import AdapterError, did_you_mean
-from lora_lite.hooks import AdapterState
 from lora_lite.row_selection import RowSelection
 
 

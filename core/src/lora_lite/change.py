@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lora_lite.attachment import Attachment
 from lora_lite.errors import AdapterError
 from lora_lite.experts import ExpertStack, SingleMatrix
-from lora_lite.hooks import Attachment
 from lora_lite.per_expert import expert_spec
 from lora_lite.site import LayerSpec, Site
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lora_lite.adapter import Adapter
 from lora_lite.arguments import adapter_name, flag, listed, trainable_dtype
 from lora_lite.attaching import adapter_of
+from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling, checked_tensors
 from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
 from lora_lite.fileformat import FilePath, dtypes_of, read
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.foreign import is_own_file
 from lora_lite.format_plugins import format_of
-from lora_lite.hooks import AdapterState
 from lora_lite.hub import local_path
 from lora_lite.loading import first_of_each_class, load_foreign, own_values, placed, put_on
 from lora_lite.metadata import Configuration, Metadata
@@ -131,8 +131,8 @@ def load(
         if not described.derived:
             tensors = {**tensors, **_derive(path, described, placements)}
         unpacked = unpack(placements, tensors, known, path=str(path))
-        values = {p.path: own_values(p, unpacked[p.path], dtype) for p in placements}
-        refuse_overflow(flat(values))
+        values = own_values(placements, unpacked, dtype)
+        refuse_overflow(flat(placements, values))
 
         # 4. onto the model
         modules.update((placement.path, placement.module) for placement in placements)
@@ -314,7 +314,7 @@ def _derive(
             placement.variant, "derive", given, placement.path
         ).items():
             dtype = placement.specs[name].dtype or placement.site.dtype
-            derived[f"{placement.path}.{name}"] = value.detach().to(dtype)
+            derived[placement.key(name)] = value.detach().to(dtype)
     wrong = [key for key, value in derived.items() if not _agrees(described, key, value)]
     if wrong:
         raise BaseMismatchError(

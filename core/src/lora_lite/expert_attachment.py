@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lite.attachment import Attachment
 from lora_lite.experts import ExpertStack, GivenWeight
-from lora_lite.hooks import Attachment
 from lora_lite.layers import LayerKind
 from lora_lite.per_expert import expert_spec
 from lora_lite.ragged import Groups, NotRaggedError, Ragged

@@ -18,6 +18,7 @@ from lora_lite.kinds import refusal
 from lora_lite.layers import LayerKind, looks_linear
 from lora_lite.modules import named_modules
 from lora_lite.plugins import kind_of
+from lora_lite.shared import names_on
 from lora_lite.variant import Variant
 from lora_lite.whole_module import WholeModule
 
@@ -258,9 +259,9 @@ def find_others(modules: Modules, layers: Iterable[Layer]) -> Iterator[OtherWeig
         # Of torch, only attention holds projections that a user may take for layers.
         is_layer = _is_from_torch(module) or bool(reason)
         is_bare = not is_layer or isinstance(module, nn.MultiheadAttention)
-        experts = expert_stacks(module)
+        known = {*expert_stacks(module), *names_on(module)}
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim >= 2 and name not in experts:
+            if parameter is not None and parameter.ndim >= 2 and name not in known:
                 yield OtherWeight(
                     path=f"{path}.{name}" if path else name,
                     owner=type(module).__name__ + reason,

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_lite.arguments import is_number
 from lora_lite.errors import AdapterError
+from lora_lite.shared import tensor_name
 from lora_lite.tensor_spec import TensorSpec
 
 Groups = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def parameter_groups(
     """
     rates = {} if lr is None else _checked_rates(lr)
     _refuse_negative("weight_decay", weight_decay)
-    trainable = [(key.rpartition(".")[2], spec, p) for key, spec, p in tensors if spec.trainable]
+    trainable = [(tensor_name(key), spec, p) for key, spec, p in tensors if spec.trainable]
     _refuse_unknown(rates, sorted({name for name, _, _ in trainable}))
     groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {(True, None): []}
     groups[False, None] = []

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lora_lite.adapter import Adapter
+from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling
 from lora_lite.base import Base
 from lora_lite.errors import AdapterFileError, MisfitError
 from lora_lite.fileformat import FilePath
 from lora_lite.find import find_layers, kind_at
 from lora_lite.formats import ForeignAdapter, Format
-from lora_lite.hooks import AdapterState
 from lora_lite.layers import class_name, looks_linear
 from lora_lite.missing import refuse_missing
 from lora_lite.modules import layer_modules, named_modules, root_of
@@ -25,6 +25,7 @@ from lora_lite.placements import Placement, place
 from lora_lite.recipe import Recipe
 from lora_lite.registry import CHANGING, install, open_model, release_changing, undo
 from lora_lite.rename import Renaming, new_paths
+from lora_lite.shared import one_for_all
 from lora_lite.state import flat, own_copies, refuse_overflow, unpack
 from lora_lite.unfit import refuse_taken_name, refuse_unfit
 from lora_lite.variant import Tensors, Variant
@@ -61,9 +62,9 @@ def _load_foreign(
     placements = placed(path, root, foreign.variants)
     refuse_unfit(root, placements, name)
     tensors = {p.path: _with_derived(p, foreign.tensors.get(p.path, {})) for p in placements}
-    unpacked = unpack(placements, flat(tensors))
-    values = {p.path: own_values(p, unpacked[p.path], dtype) for p in placements}
-    refuse_overflow(flat(values))
+    unpacked = unpack(placements, flat(placements, tensors))
+    values = own_values(placements, unpacked, dtype)
+    refuse_overflow(flat(placements, values))
     recipe = Recipe(first_of_each_class(foreign.variants.values()))
     state = AdapterState(name, recipe, seed=0, scale=foreign.scale, is_loaded=True)
     return put_on(root, placements, values, state)
@@ -134,9 +135,20 @@ def first_of_each_class(variants: Iterable[Variant]) -> tuple[Variant, ...]:
 
 
 def own_values(
+    placements: Iterable[Placement], values: Mapping[str, Tensors], dtype: torch.dtype | None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every layer in memory of their own; the trainable ones in `dtype`."""
+    shared: dict[str, torch.Tensor] = {}
+    own = {}
+    for placement in placements:
+        copies = _own_copies(placement, values[placement.path], dtype)
+        own[placement.path] = one_for_all(placement.variant.name, placement.specs, copies, shared)
+    return own
+
+
+def _own_copies(
     placement: Placement, values: Tensors, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one layer in memory of their own; the trainable ones in `dtype`."""
     dtypes = {
         name: dtype if spec.trainable and spec.dtype is None else None
         for name, spec in placement.specs.items()

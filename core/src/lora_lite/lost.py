@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lora_lite.attachment import AdapterState, Attachment
 from lora_lite.errors import AdapterError
-from lora_lite.hooks import AdapterState, Attachment
 from lora_lite.modules import layer_modules
 
 
@@ -45,6 +45,6 @@ def _problem(now: nn.Module | None, before: nn.Module | None, attachment: Attach
         return "is not in the model any more"
     if now is not before:
         return "was replaced by another module"
-    if not all(hasattr(now, key) for key in attachment.keys.values()):
+    if not all(hasattr(attachment.holder(now, name), key) for name, key in attachment.keys.items()):
         return "has lost the adapter's tensors"
     return ""

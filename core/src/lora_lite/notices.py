@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from lora_lite.attachment import AdapterState, Attachment
 from lora_lite.expert_attachment import ExpertAttachment
 from lora_lite.find import Layer
 from lora_lite.hooked import hooks_of
-from lora_lite.hooks import AdapterState, Attachment
 from lora_lite.modules import compiled_modules, layer_modules, plain_path
 from lora_lite.output_head import output_heads
 from lora_lite.placements import Plan

@@ -38,6 +38,11 @@ class PerExpert:
                 "it needs calibration data of every expert, which is not gathered; choose fields "
                 "that need none",
             )
+        shared = [spec.shared for spec in specs.values() if spec.shared]
+        if shared:
+            raise SiteError(
+                "variant", f"all layers share its tensor {shared[0]!r}, and experts can share none"
+            )
         count = _count(site)
         return {name: replace(spec, shape=(count, *spec.shape)) for name, spec in specs.items()}
 

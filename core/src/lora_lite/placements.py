@@ -24,6 +24,7 @@ from lora_lite.modules import named_modules, root_of
 from lora_lite.per_expert import PerExpert, methods_for
 from lora_lite.plan_table import plan_table
 from lora_lite.recipe import Recipe, make_recipe
+from lora_lite.shared import refuse_other_specs, tensor_key
 from lora_lite.site import LayerSpec, Site
 from lora_lite.targets import Choice, choose
 from lora_lite.tensor_spec import TensorSpec
@@ -45,6 +46,18 @@ class Placement:
         """The layer's name in the model."""
         return self.layer.path
 
+    def key(self, name: str) -> str:
+        """The name of one of its tensors in a state dict."""
+        spec = self.specs.get(name)
+        if spec is None:
+            return f"{self.path}.{name}"
+        return tensor_key(self.path, self.variant.name, name, spec)
+
+    @property
+    def shared_keys(self) -> dict[str, str]:
+        """The same for the tensors that it shares with other layers, by name."""
+        return {name: self.key(name) for name, spec in self.specs.items() if spec.shared}
+
     @property
     def site(self) -> Site:
         """The layer as the variant sees it."""
@@ -57,9 +70,9 @@ class Placement:
 
     @property
     def parameters(self) -> int:
-        """The number of trainable parameters."""
-        trainable = (spec for spec in self.specs.values() if spec.trainable)
-        return sum(math.prod(spec.shape) for spec in trainable)
+        """The number of trainable parameters, without those that layers share."""
+        own = (spec for spec in self.specs.values() if spec.trainable and not spec.shared)
+        return sum(math.prod(spec.shape) for spec in own)
 
     @property
     def macs_per_token(self) -> int:
@@ -102,7 +115,18 @@ class Plan:
     @property
     def parameters(self) -> int:
         """The number of trainable parameters in all layers."""
-        return sum(placement.parameters for placement in self.placements)
+        return sum(placement.parameters for placement in self.placements) + self.shared_parameters
+
+    @property
+    def shared_parameters(self) -> int:
+        """The number of those among them that layers share."""
+        shared = {
+            placement.key(name): math.prod(spec.shape)
+            for placement in self.placements
+            for name, spec in placement.specs.items()
+            if spec.shared and spec.trainable
+        }
+        return sum(shared.values())
 
     @property
     def macs_per_token(self) -> int:
@@ -214,6 +238,7 @@ def place(
             placements.append(Placement(layer, module, variant, specs))
     _refuse_unreadable(unreadable)
     _refuse_misfits(misfits, len(placements) + len(misfits))
+    refuse_other_specs((each.path, each.variant.name, each.specs) for each in placements)
     return tuple(placements)
 
 

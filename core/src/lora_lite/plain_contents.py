@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
+from lora_lite.attachment import Attachment, attribute
 from lora_lite.author_mistakes import RESERVED
 from lora_lite.change import LayerChange, changes_at
 from lora_lite.errors import AdapterError
 from lora_lite.experts import ExpertStack
-from lora_lite.hooks import Attachment, attribute
 from lora_lite.kinds import BUILT_IN
 from lora_lite.layers import LayerKind
 from lora_lite.merged import merged_bias, merged_layer
@@ -151,8 +151,9 @@ def _names_of_adapters(root: nn.Module) -> set[str]:
     names: set[str] = set()
     for state in registry.adapters.values():
         for path, attachment in state.attachments.items():
-            keys = [*attachment.keys.values(), attribute(state.name, RESERVED)]
-            names.update(_joined(path, key) for key in keys)
+            names.add(_joined(path, attribute(state.name, RESERVED)))
+            for name, key in attachment.keys.items():
+                names.add(key if name in attachment.shared else _joined(path, key))
     return names
 
 

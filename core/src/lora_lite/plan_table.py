@@ -30,6 +30,8 @@ def _rows(plan: Plan) -> Iterator[Row]:
     for placement in plan.placements:
         sizes = f"{placement.layer.d_in} -> {placement.layer.d_out}"
         yield (placement.path, sizes, *_costs(placement))
+    if plan.shared_parameters:
+        yield ("shared", "", f"{plan.shared_parameters:,}", "", "")
     yield ("total", f"{len(plan.placements)} layers", *_costs(plan))
 
 

@@ -19,21 +19,22 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lora_lite.attachment import AdapterState, Attachment
 from lora_lite.compiled import forget_compiled, look_at_hooks
 from lora_lite.errors import AdapterError
 from lora_lite.expert_attachment import attachment_class
 from lora_lite.find import Layer
 from lora_lite.hooked import hook_layer, hooks_of, unhook
-from lora_lite.hooks import AdapterState
 from lora_lite.layers import LayerKind
 from lora_lite.modules import named_modules, plain_path, root_of
 from lora_lite.notices import tell_uncalled
 from lora_lite.placements import Placement
 from lora_lite.resume import add_marker, refuse_other_state, remove_marker, tell_if_saved_whole
+from lora_lite.shared import link, put_on_root, take_off_root, unlink
 from lora_lite.stand_in import ExpertHooks
 from lora_lite.statistics import restore_statistics, running_statistics
 from lora_lite.variant import Tensors
-from lora_lite.wrapped import refuse_wrapped
+from lora_lite.wrapped import refuse_unreduced, refuse_wrapped
 
 KEY = "_lora_lite"
 
@@ -82,13 +83,14 @@ class Registry:
             look_at_hooks()
 
     def after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
-        """The root's forward hook: a first training forward shows which layers are not called."""
+        """The root's forward hook: a first training forward shows what is not called or reduced."""
         if torch.compiler.is_compiling() or not (root.training and torch.is_grad_enabled()):
             return
         new = [state for state in self.adapters.values() if not state.was_trained]
         for state in new:
             state.was_trained = True
         if new:
+            refuse_unreduced(root, new)
             tell_uncalled(root, new)
 
     def before_state_dict(self, *_: Any) -> None:
@@ -182,14 +184,22 @@ def install(
             state, placement.layer, placement.variant, dict(placement.specs)
         )
         state.attachments[placement.path] = attachment
-        module = placement.module
-        for name, key in attachment.keys.items():
-            trains = attachment.specs[name].trainable
-            tensor = nn.Parameter(values[placement.path][name], requires_grad=trains)
-            module.register_parameter(key, tensor)
-        hook_layer(module).add(attachment)
+        _register(root, placement.module, attachment, values[placement.path])
+        hook_layer(placement.module).add(attachment)
     add_marker(placements[0].module, state)
     forget_compiled()
+
+
+def _register(root: nn.Module, module: nn.Module, attachment: Attachment, values: Tensors) -> None:
+    """Put the tensors of one layer where they are kept."""
+    if attachment.shared:
+        link(module, root)
+    for name, key in attachment.keys.items():
+        trains = attachment.specs[name].trainable
+        if name in attachment.shared:
+            put_on_root(root, key, values[name], trains=trains)
+        else:
+            module.register_parameter(key, nn.Parameter(values[name], requires_grad=trains))
 
 
 def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module]) -> None:
@@ -207,6 +217,7 @@ def remove(root: nn.Module, state: AdapterState, modules: Mapping[str, nn.Module
     keys = {key for each in state.attachments.values() for key in each.keys.values()}
     for module in {*modules.values(), *now.values()}:
         _clean(module, state, keys)
+    take_off_root(root, keys)
     registry = registry_of(root)
     if registry is not None:
         if registry.adapters.get(state.name) is state:
@@ -270,6 +281,7 @@ def _clean(module: nn.Module, state: AdapterState, keys: Iterable[str]) -> None:
         hooks.remove(state)
         if not hooks.attachments:
             unhook(module, hooks)
+            unlink(module)
 
 
 # --- last adapter

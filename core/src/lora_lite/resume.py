@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lite.attachment import AdapterState, attribute
 from lora_lite.author_mistakes import RESERVED
 from lora_lite.errors import AdapterError
-from lora_lite.hooks import AdapterState, attribute
 from lora_lite.layers import whole
 from lora_lite.warn import warn
 

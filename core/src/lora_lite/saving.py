@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lora_lite.adapter_state import derived_tensors
 from lora_lite.arguments import flag
+from lora_lite.attachment import AdapterState
 from lora_lite.base import Base
 from lora_lite.errors import AdapterFileError
 from lora_lite.fileformat import DTYPES, FilePath, dtypes_of, write
 from lora_lite.fingerprint import fingerprint, probe
 from lora_lite.format_plugins import format_named
 from lora_lite.formats import refuse_other_layers, refuse_unknown_options
-from lora_lite.hooks import AdapterState
 from lora_lite.layers import is_dtensor, whole
 from lora_lite.magnitudes import not_finite
 from lora_lite.metadata import Configuration, Metadata

@@ -68,9 +68,13 @@ def own_copies(
     }
 
 
-def flat(values: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """`{path: {name: tensor}}` as `{"path.name": tensor}`."""
-    return {f"{path}.{name}": t for path, tensors in values.items() for name, t in tensors.items()}
+def flat(placements: Iterable[Placement], values: Mapping[str, Tensors]) -> dict[str, Tensor]:
+    """`{path: {name: tensor}}` as `{"path.name": tensor}`, what layers share once."""
+    return {
+        placement.key(name): tensor
+        for placement in placements
+        for name, tensor in values[placement.path].items()
+    }
 
 
 def refuse_overflow(cast: Mapping[str, Tensor]) -> None:
@@ -116,16 +120,22 @@ def unpack(
     _refuse_no_tensors(saved, path)
     saved = {key: whole(value) for key, value in saved.items()}
     by_path = by_layer(saved, [placement.path for placement in placements])
+    shared = {key for placement in placements for key in placement.shared_keys.values()}
     wrong = list(known)
     for key in saved:
-        if key.rpartition(".")[0] not in by_path:
+        if key.rpartition(".")[0] not in by_path and key not in shared:
             wrong.append(f"{key}: extra (the adapter has no such layer)")
     values: dict[str, dict[str, Tensor]] = {}
     for placement in placements:
-        found, complaints = _unpack_one(placement, by_path[placement.path])
+        in_common = {
+            name: saved[key] for name, key in placement.shared_keys.items() if key in saved
+        }
+        found, complaints = _unpack_one(placement, {**by_path[placement.path], **in_common})
         values[placement.path] = found
         wrong += complaints
-    wrong += [f"{key}: has values that are not finite" for key in not_finite(flat(values))]
+    complete = [placement for placement in placements if values[placement.path]]
+    broken = not_finite(flat(complete, values))
+    wrong += [f"{key}: has values that are not finite" for key in broken]
     if wrong:
         tensors = tuple(dict.fromkeys(line.partition(":")[0] for line in wrong))
         raise AdapterFileError(

@@ -23,6 +23,10 @@ class TensorSpec:
         compute: the dtype to which the core casts a floating-point tensor on every read.
             "activation" is that of the layer's activations, "float32" is at least float32. Integer
             tensors are never cast.
+        shared: a name for a tensor that all layers of the adapter have in common: those that give
+            the same name and shape. It is kept, saved and counted once, and its random numbers
+            depend on this name instead of the layer's path. Its start is that of the first layer,
+            and its gradient the sum over all.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +35,7 @@ class TensorSpec:
     decay: bool = True
     dtype: torch.dtype | None = None
     compute: Literal["activation", "float32"] = "activation"
+    shared: str = ""
 
     def __post_init__(self) -> None:
         sizes = self.shape if isinstance(self.shape, tuple | list) else ()
@@ -53,3 +58,14 @@ class TensorSpec:
             raise VariantDefinitionError(
                 f"TensorSpec(compute={self.compute!r}): compute is 'activation' or 'float32'"
             )
+        if not isinstance(self.shared, str) or not (self.shared or "A").isidentifier():
+            raise VariantDefinitionError(
+                f"TensorSpec(shared={self.shared!r}) is not a name",
+                expected="It is a Python identifier, such as 'bank'; '' keeps a tensor for each "
+                "layer",
+            )
+
+
+CLOCK = TensorSpec((1,), trainable=False, dtype=torch.int64, shared="step")
+"""How many steps of the optimizer an adapter has seen: the tensor "step" of a variant that has
+`advance`. `init` starts it at 0, and the core counts."""

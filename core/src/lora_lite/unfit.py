@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lora_lite.attachment import attribute_of
 from lora_lite.errors import AdapterError
-from lora_lite.hooks import attribute
 from lora_lite.layers import is_dtensor
 from lora_lite.magnitudes import largest_magnitudes
 from lora_lite.placements import Placement
@@ -31,7 +31,7 @@ def refuse_unfit(root: nn.Module, placements: Sequence[Placement], name: str) ->
     weights: dict[str, Tensor] = {}
     for placement in placements:
         _refuse_absent(placement)
-        _refuse_taken(placement, name)
+        _refuse_taken(root, placement, name)
         weight = placement.layer.kind.stored_weight(placement.module)
         if weight is not None and not is_dtensor(weight):
             _refuse_empty(placement.path, weight)
@@ -84,14 +84,15 @@ def _refuse_absent(placement: Placement) -> None:
         )
 
 
-def _refuse_taken(placement: Placement, name: str) -> None:
-    """A layer that has an attribute where a tensor of the adapter would go."""
-    module = placement.module
-    for tensor in placement.specs:
-        key = attribute(name, placement.layer.kind.tensor_name(tensor))
+def _refuse_taken(root: nn.Module, placement: Placement, name: str) -> None:
+    """A layer, or the root, that has an attribute where a tensor of the adapter would go."""
+    for tensor, spec in placement.specs.items():
+        module = root if spec.shared else placement.module
+        key = attribute_of(name, placement.layer, placement.variant, tensor, spec)
         if key in module._parameters or key in module._buffers or key in module.__dict__:
+            owner = "the model" if spec.shared else placement.path
             raise AdapterError(
-                f"{placement.path} has an attribute {key!r} already",
+                f"{owner} has an attribute {key!r} already",
                 fix="Give the adapter another name=",
                 layer=placement.path,
             )

@@ -2,10 +2,13 @@
 
 import gc
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from lora_lite.attachment import AdapterState
 from lora_lite.errors import AdapterError
 from lora_lite.layers import is_dtensor
 
@@ -21,6 +24,46 @@ def refuse_wrapped(root: nn.Module) -> None:
             expected=REASON,
             fix="Attach, load and detach before the model is wrapped or sharded",
         )
+
+
+def refuse_unreduced(root: nn.Module, states: Iterable[AdapterState]) -> None:
+    """An error if blocks were sharded by FSDP2, and what their adapters share was not.
+
+    Raises:
+        AdapterError: gradients of a shared tensor would not be reduced.
+    """
+    sharing = [a for state in states for a in state.attachments.values() if a.shared]
+    if not sharing or not _fsdp2_groups(root) or _is_inside(root, _fsdp2_class()):
+        return
+    for attachment in sharing:
+        for name in attachment.shared:
+            if attachment.specs[name].trainable:
+                raise AdapterError(
+                    f"blocks of this model were sharded by fully_shard, and {name!r}, which layers "
+                    "share, was not",
+                    expected=f"It is a parameter of the model itself. {REASON}",
+                    fix="Call fully_shard(model) after fully_shard of its blocks",
+                    layer=attachment.layer.path,
+                )
+
+
+def reshard(root: nn.Module) -> None:
+    """Let FSDP2 take back what it keeps whole after a forward: what is written there is lost."""
+    for group in _fsdp2_groups(root):
+        group.reshard()
+
+
+def _fsdp2_groups(root: nn.Module) -> list[Any]:
+    """The modules on which fully_shard was called."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    return [module for module in root.modules() if isinstance(module, _fsdp2_class())]
+
+
+def _fsdp2_class() -> type[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return FSDPModule
 
 
 def _wrapper_of(root: nn.Module) -> str:
@@ -44,6 +87,10 @@ def _is_fsdp1(module: nn.Module) -> bool:
 
 def _inside_ddp(root: nn.Module) -> bool:
     """Whether a DDP holds this model. It leaves no trace there, so all DDPs are looked at."""
-    ddp = nn.parallel.DistributedDataParallel
-    wrappers = [each for each in gc.get_objects() if isinstance(each, ddp)]
+    return _is_inside(root, nn.parallel.DistributedDataParallel)
+
+
+def _is_inside(root: nn.Module, cls: type[Any]) -> bool:
+    """Whether a module of a class is this model or holds it."""
+    wrappers: list[nn.Module] = [each for each in gc.get_objects() if isinstance(each, cls)]
     return any(root is module for wrapper in wrappers for module in wrapper.modules())

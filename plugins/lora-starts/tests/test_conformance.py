@@ -5,6 +5,10 @@ class TestCorDA(VariantTests):
     variant = "corda"
 
 
+class TestLoRAGA(VariantTests):
+    variant = "lora_ga"
+
+
 class TestMiLoRA(VariantTests):
     variant = "milora"
 

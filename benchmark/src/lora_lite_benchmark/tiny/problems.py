@@ -24,11 +24,10 @@ machine.
 # The function test_problems is not a test (PT028).
 # ruff: noqa: SIM905, PT028
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
+
+from lora_lite_benchmark.splits import distinct_problems
 
 EDITION = "8adc023b8efd004e5adc885389f359d4ec4d6aff7f7c0e1ad1b885f851448ad6"
 """Identifies these problems in the configs of runs. It must change whenever the problems do, so
@@ -48,9 +47,6 @@ CONTAINERS = (
 ).split()
 PAIRS = [(look, container) for look in LOOKS for container in CONTAINERS]
 SIZES = range(2, 10)
-
-SPLITS = ("train", "train", "train", "train", "train", "train", "validation", "test")
-"""The split of a question, by its hash modulo 8."""
 
 
 @dataclass(frozen=True)
@@ -121,26 +117,8 @@ def _change(name: str, thing: str, total: int, random: Random) -> tuple[str, lis
 
 
 def problems(country: Country, split: str, count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` problems of one split, none of them twice.
-
-    The split of a question follows from its text, so two splits never share a question, whatever
-    the seeds are.
-    """
-    return list(islice(_distinct(country, split, Random(seed)), count))
-
-
-def _distinct(country: Country, split: str, random: Random) -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
-    while True:
-        question, answer = problem(country, random)
-        if question not in seen and split_of(question) == split:
-            seen.add(question)
-            yield question, answer
-
-
-def split_of(question: str) -> str:
-    """The split to which a question belongs, by a hash of its text."""
-    return SPLITS[hashlib.sha256(question.encode()).digest()[0] % len(SPLITS)]
+    """`count` problems of one split, none of them twice."""
+    return distinct_problems(lambda random: problem(country, random), split, count, seed)
 
 
 def train_problems(count: int, seed: int = 0) -> list[dict[str, str]]:

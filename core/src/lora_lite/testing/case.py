@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.author import Site, Variant
+from lora_lite.calibration import wants_gradients
 from lora_lite.fields import validated
 
 Kind = Literal["Linear", "Conv1D"]
@@ -142,8 +143,11 @@ class Case:
     def attach(self, model: nn.Module, **options: Any) -> ll.Adapter:
         """`ll.attach` at both layers, with calibration data where the variant observes."""
         placements = ll.plan(model, self.variant, targets=TARGETS).placements
-        if any(p.variant.observe(p.site) is not None for p in placements):
+        observers = [p.variant.observe(p.site) for p in placements]
+        if any(observer is not None for observer in observers):
             options.setdefault("calibration", [self.inputs(4, 16, seed=90 + i) for i in range(3)])
+        if any(observer is not None and wants_gradients(observer) for observer in observers):
+            options.setdefault("loss", sum_of_squares)
         return ll.attach(model, self.variant, **{"targets": TARGETS, "seed": self.seed, **options})
 
     def trained(
@@ -236,6 +240,11 @@ class Tower(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         return x
+
+
+def sum_of_squares(output: Tensor, _batch: object) -> Tensor:
+    """A loss whose gradients do not depend on how rows are divided into batches."""
+    return output.float().square().sum()
 
 
 def move(adapter: ll.Adapter, amount: float, seed: int) -> None:

@@ -13,11 +13,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lite.author import ScaledVariant, Site, Tensors, Variant
+from lora_lite.author import (
+    GradientObserver,
+    Observer,
+    ScaledVariant,
+    Site,
+    Tensors,
+    TensorSpec,
+    Variant,
+)
+from lora_lite.calibration import wants_gradients
+from lora_lite.hooked import hooks_of
+from lora_lite.shared import name_on_root
 
 # The one tensor that the core adds of its own accord: a digest of variant and fields, on the first
 # layer of an adapter, so that a state dict of other fields is refused.
 DIGEST = "fields"
+
+# A step beyond the end of any schedule.
+LATE = 10**9
 
 
 def attribute(adapter: str, tensor: str) -> str:
@@ -25,10 +39,26 @@ def attribute(adapter: str, tensor: str) -> str:
     return f"lora_{adapter}_{tensor}"
 
 
-def stored(variant: Variant, site: Site, layer: nn.Module) -> dict[str, nn.Parameter]:
+def place(adapter: str, path: str, variant: Variant, name: str, spec: TensorSpec) -> str:
+    """The name on the model of a tensor that a variant declares for the layer at a path."""
+    if spec.shared:
+        return attribute(adapter, name_on_root(variant.name, spec))
+    return f"{path}.{attribute(adapter, name)}"
+
+
+def stored(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The declared tensors of the adapter called "default", as they are stored on its layer."""
-    names = variant.tensors(site)
-    return {name: layer.get_parameter(attribute("default", name)) for name in names}
+    hooks = hooks_of(layer)
+    assert hooks is not None, "no adapter is attached to this layer"
+    return next(each for each in hooks.attachments if each.state.name == "default").stored(layer)
+
+
+def observe(observer: Observer | GradientObserver, x: Tensor, y: Tensor) -> None:
+    """One batch for an observer, with gradients if it wants them: those of Σ (1 - cos y)."""
+    if wants_gradients(observer):
+        cast(GradientObserver, observer).update(x, y, y.sin())
+    else:
+        cast(Observer, observer).update(x, y)
 
 
 def read(variant: Variant, site: Site, values: Tensors) -> dict[str, Tensor]:

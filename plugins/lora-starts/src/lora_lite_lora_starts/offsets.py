@@ -1,10 +1,10 @@
-"""The forward that OLoRA, MiLoRA and CorDA share: LoRA, moved away from where it starts.
+"""The forward that OLoRA, MiLoRA, CorDA and LoRA-GA share: LoRA, moved away from where it starts.
 
     W' = W + s (B A - B₀ A₀)        A (r, d_in), B (d_out, r)        s = α / r
 
-Each method says which part s B₀ A₀ of W training begins with; see starts.py. The base weight is not
-written: the papers' residual W - s B₀ A₀ never appears. Trained are the offsets dA = A - A₀ and
-dB = B - B₀:
+Each method says which part s B₀ A₀ of W training begins with; see starts.py and lora_ga.py. The
+base weight is not written: the papers' residual W - s B₀ A₀ never appears. Trained are the offsets
+dA = A - A₀ and dB = B - B₀:
 
     Δy = s · (dB A₀ x + (B₀ + dB) dA x)
 

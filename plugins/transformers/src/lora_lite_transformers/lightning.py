@@ -7,7 +7,7 @@ from typing import Any
 
 import lora_lite as ll
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lora_lite.hooks import attribute
+from lora_lite.attachment import attribute
 
 
 class AdapterCheckpoint(Callback):  # type: ignore[misc]  # it is not typed

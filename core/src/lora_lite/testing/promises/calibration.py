@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite.author import Observer, Site
+from lora_lite.author import GradientObserver, Observer, Site
+from lora_lite.testing import inside
 from lora_lite.testing.case import Case
 from lora_lite.testing.compare import close, finite, same
 from lora_lite.testing.promise import promise
@@ -88,8 +89,8 @@ def calibration_takes_any_rows(case: Case) -> None:
     assert other is not None
     with torch.no_grad():
         for index, x in enumerate(_batches(case)):
-            observer.update(x, model.layer(x))
-            other.update(2 * x + index, model.layer(2 * x + index))
+            inside.observe(observer, x, model.layer(x))
+            inside.observe(other, 2 * x + index, model.layer(2 * x + index))
         for name, value in observer.result().items():
             what = f"{name}, with another layer's observer at work in between"
             close(value, expected[name], what, tolerance=1e-3)
@@ -119,8 +120,8 @@ def calibration_adds_up_in_half_precision(case: Case) -> None:
     with torch.no_grad():
         y = case.model().layer(x.to(case.dtype)).bfloat16()
         for i in range(0, len(x), 2):
-            half.update(x[i : i + 2], y[i : i + 2])
-            full.update(x[i : i + 2].float(), y[i : i + 2].float())
+            inside.observe(half, x[i : i + 2], y[i : i + 2])
+            inside.observe(full, x[i : i + 2].float(), y[i : i + 2].float())
     expected = full.result()
     for name, value in half.result().items():
         what = f"{name}, from {SMALL_BATCHES} batches in bfloat16"
@@ -190,7 +191,7 @@ def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _observed(case: Case, batches: Iterable[Tensor]) -> Observer:
+def _observed(case: Case, batches: Iterable[Tensor]) -> Observer | GradientObserver:
     """The first layer's observer, after these batches."""
     model = case.model()
     observer = case.variant.observe(case.site(model))
@@ -198,7 +199,7 @@ def _observed(case: Case, batches: Iterable[Tensor]) -> Observer:
     for x in batches:
         y = model.layer(x)
         given = x.clone(), y.clone()
-        observer.update(x, y)
+        inside.observe(observer, x, y)
         same(x, given[0], "x after update")
         same(y, given[1], "y after update")
     return observer

@@ -121,7 +121,7 @@ def computes_where_its_tensors_are(case: Case) -> None:
     adapter = case.trained(model, layers=0)
     path, variant = next(iter(adapter.sites.items()))
     site = case.sites(model)[path]
-    read = inside.read(variant, site, inside.stored(variant, site, model.layer))
+    read = inside.read(variant, site, inside.stored(model.layer))
     t = {name: value.to("meta") for name, value in read.items()}
     x, y = case.inputs(2, 3).to("meta"), case.but(d_in=case.d_out).inputs(2, 3).to("meta")
     site = case.sites(model.to("meta"))[path]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_lite.testing import inside
 from lora_lite.testing.case import LARGE_TOKENS, Case
 from lora_lite.testing.compare import close
-from lora_lite.testing.inside import attribute
 from lora_lite.testing.promise import promise
 
 Function = Callable[..., Tensor]
@@ -32,9 +31,13 @@ def gradients_agree_with_finite_differences(case: Case) -> None:
     adapter = case.trained(model, dtype=torch.float64, layers=0)
     path, variant = next(iter(adapter.sites.items()))
     site, x = case.sites(model)[path], case.inputs(2, case.tokens // 2).requires_grad_()
-    stored = inside.stored(variant, site, model.layer)
+    stored = inside.stored(model.layer)
     trainable = [name for name, p in stored.items() if p.requires_grad]
     values = [stored[name].detach().double().requires_grad_() for name in trainable]
+    specs, alone = variant.tensors(site), FirstLayer(model)
+    places = [
+        f"model.{inside.place('default', path, variant, name, specs[name])}" for name in trainable
+    ]
 
     def tensors(*parameters: Tensor) -> dict[str, Tensor]:
         now = {**stored, **dict(zip(trainable, parameters, strict=True))}
@@ -60,9 +63,8 @@ def gradients_agree_with_finite_differences(case: Case) -> None:
         return inside.forward(variant, site, t, x)
 
     def by_hooks(x: Tensor, *parameters: Tensor) -> Tensor:
-        names = [attribute("default", name) for name in trainable]
-        given = dict(zip(names, parameters, strict=True))
-        y: Tensor = functional_call(model.layer, given, (x,))
+        given = dict(zip(places, parameters, strict=True))
+        y: Tensor = functional_call(alone, given, (x,))
         return y
 
     what = "the hooked layer against prepare and deltas, called by hand"
@@ -77,6 +79,18 @@ def gradients_agree_with_finite_differences(case: Case) -> None:
         _check_slopes(by_methods, [x, *values], names, weights, plain)
     else:
         _check_every_entry(by_methods, [x, *values], names)
+
+
+class FirstLayer(nn.Module):
+    """A model as its first layer alone, with what this layer shares with others in reach."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.model.get_submodule("layer")(x)
+        return y
 
 
 def _gradients(

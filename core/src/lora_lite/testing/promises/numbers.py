@@ -97,7 +97,7 @@ def _check_the_change(case: Case, x: Tensor, amount: float) -> None:
         model, amount=amount, layers=0, dtype=torch.float64
     )
     path, variant = next(iter(adapter.sites.items()))
-    stored = inside.stored(variant, case.sites(model)[path], model.get_submodule(path))
+    stored = inside.stored(model.get_submodule(path))
     values = {name: value.detach().clone() for name, value in stored.items()}
     adapter.detach()
     changes = []

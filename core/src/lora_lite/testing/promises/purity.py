@@ -34,7 +34,7 @@ def deltas_write_nothing(case: Case) -> None:
     adapter = case.trained(model, layers=0)
     path, variant = next(iter(adapter.sites.items()))
     site, x = case.sites(model)[path], case.inputs(2, 3)
-    stored = inside.stored(variant, site, model.layer)
+    stored = inside.stored(model.layer)
     t = inside.read(variant, site, stored)
     y = plain_layer(case)(x)
     base = {f"base {name}": value for name, value in model.state_dict().items()}
@@ -112,7 +112,7 @@ def path_is_not_read_in_a_forward(case: Case) -> None:
     adapter = case.trained(model, layers=0)
     path, variant = next(iter(adapter.sites.items()))
     site, x = case.sites(model)[path], case.inputs(2, 3)
-    values = inside.stored(variant, site, model.layer)
+    values = inside.stored(model.layer)
     y, hidden = plain_layer(case)(x), inside.nameless(site)
     for training in (False, True):
         model.train(training)
@@ -124,7 +124,7 @@ def path_is_not_read_in_a_forward(case: Case) -> None:
 @survey(examples=16)
 def every_tensor_is_read(variant: type[Variant], attempts: Sequence[Case | Refusal]) -> None:
     """Every tensor that a variant declares has a use: for some fields and shapes at least,
-    `prepare`, a delta, `penalty`, `project` or a `state_dict` of its own reads it.
+    `prepare`, a delta, `penalty`, `project`, `advance` or a `state_dict` of its own reads it.
 
     A tensor that nothing reads takes up memory, and room in every file. Usually broken by a tensor
     that was left over, or that was meant to be used.
@@ -188,7 +188,7 @@ def _tensors_read(case: Case) -> tuple[set[str], set[str]]:
     adapter = case.trained(model)
     path, variant = next(iter(adapter.sites.items()))
     site, layer, x = case.sites(model)[path], model.get_submodule(path), case.inputs(2, 3)
-    stored = inside.stored(variant, site, layer)
+    stored = inside.stored(layer)
     y, seen = case.model().get_submodule(path)(x), set()
     for training in (False, True):
         layer.train(training)
@@ -200,8 +200,12 @@ def _tensors_read(case: Case) -> tuple[set[str], set[str]]:
         seen |= t.seen
     t = inside.WatchedTensors(stored)
     variant.penalty(site, t)
+    layer(x).square().sum().backward()
     with torch.no_grad():
         variant.project(site, t)
+        for step in (1, inside.LATE):
+            variant.advance({site.path: site}, {site.path: t}, step)
     if inside.has(variant, "state_dict"):
         variant.state_dict(site, t)
-    return set(stored), seen | t.seen
+    clock = {"step"} if inside.has(variant, "advance") else set()  # the core reads it
+    return set(stored), seen | t.seen | clock

@@ -12,6 +12,8 @@ import torch
 
 import lora_lite as ll
 from lora_lite.author import TensorSpec, Variant
+from lora_lite.shared import is_shared
+from lora_lite.testing import inside
 from lora_lite.testing.case import TARGETS, Case
 from lora_lite.testing.compare import all_same, close, is_close, same
 from lora_lite.testing.draws import drawn, drawn_from_elsewhere
@@ -108,11 +110,12 @@ def only_declared_tensors_appear(case: Case) -> None:
         site = case.sites(model)[path]
         for name, spec in variant.tensors(site).items():
             dtype = _stored_dtype(spec, case.dtype)
-            expected[f"{path}.{attribute('mine', name)}"] = (spec.shape, dtype, spec.trainable)
+            place = inside.place("mine", path, variant, name, spec)
+            expected[place] = (spec.shape, dtype, spec.trainable)
     found = {
         name: (tuple(p.shape), p.dtype, p.requires_grad)
         for name, p in model.named_parameters()
-        if ".lora_mine_" in name
+        if f".{name}".rpartition(".")[2].startswith("lora_mine_")
     }
     digest = f"{next(iter(adapter.sites))}.{attribute('mine', DIGEST)}"
     if digest not in expected:
@@ -135,12 +138,13 @@ def parameters_are_as_counted(case: Case) -> None:
     model = case.model()
     adapter = case.attach(model)
     sites = case.sites(model)
-    declared = sum(
-        math.prod(spec.shape)
+    sizes = {
+        inside.place("default", path, variant, name, spec): math.prod(spec.shape)
         for path, variant in adapter.sites.items()
-        for spec in variant.tensors(sites[path]).values()
+        for name, spec in variant.tensors(sites[path]).items()
         if spec.trainable
-    )
+    }
+    declared = sum(sizes.values())
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert adapter.num_parameters == counted == declared > 0, (
         f"the adapter reports {adapter.num_parameters} parameters, the model holds {counted}, "
@@ -180,7 +184,8 @@ def start_depends_on_seed_path_and_name_alone(case: Case) -> None:
         expected = {
             key: value
             for key, value in first.state_dict().items()
-            if part.sites.get(_path(key)) == first.sites[_path(key)]
+            if part.sites.get(_path(key)) == first.sites.get(_path(key))
+            and (key in values or not is_shared(key))
         }
         found = {key: value for key, value in values.items() if key in expected}
         all_same(found, expected, "start values of the same seed")
@@ -249,7 +254,7 @@ def _names(model: torch.nn.Module) -> set[str]:
     """Parameters, buffers and attributes of every module, hooks aside."""
     found = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     for path, module in model.named_modules():
-        own = (name for name in module.__dict__ if name != "_lora_lite")
+        own = (name for name in module.__dict__ if not name.startswith("_lora_lite"))
         found |= {f"{path}.{name} (attribute)" for name in own}
     return found
 

@@ -164,8 +164,8 @@ def _report_outcome(config: RunConfig, outcome: Result | Exception) -> None:
         print(f"{name}: failed: {_first_line(outcome)}", file=sys.stderr)
         return
     split = outcome.judged
-    accuracy = f"{100 * split.accuracy:.1f} ± {100 * split.accuracy_error:.1f} %"
-    line = f"{name}: {accuracy}, loss {split.loss:.4f}"
+    accuracy = f"{100 * split.accuracy:.1f} ± {100 * split.accuracy_error:.1f} %, "
+    line = f"{name}: {accuracy if config.generates else ''}loss {split.loss:.4f}"
     if outcome.reloaded_identical:
         line += "; reloaded on a fresh base: logits identical"
     print(line, flush=True)

@@ -282,6 +282,8 @@ def _compared(group: Group) -> list[str]:
     sentences.append(
         f"{INSEPARABLE} marks a difference that the questions do not separate from none."
     )
+    if not group.generates:
+        return sentences
     pairs = separated_by_loss_alone(group)
     if not pairs:
         sentences.append("The loss separates no pair of rows that the accuracy leaves open.")

@@ -210,7 +210,7 @@ def test_the_lowest_declared_versions_work(wheels: Path, testing: Path, tmp_path
 
 
 def test_wheels_hold_what_they_need_and_nothing_else(wheels: Path) -> None:
-    """Types, licence, the install hints and the embedded model are in; tests are not."""
+    """Types, licence, the install hints and the embedded models are in; tests are not."""
     built = list(wheels.glob("*.whl"))
     assert len(built) == len(FOLDERS)
     for wheel in built:
@@ -230,10 +230,13 @@ def test_wheels_hold_what_they_need_and_nothing_else(wheels: Path) -> None:
         "LICENSE.tmpl",
     }
     benchmark = next(wheel for wheel in built if "benchmark" in wheel.name)
-    model = [
-        item for item in zipfile.ZipFile(benchmark).infolist() if "/tiny/model/" in item.filename
-    ]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        Path(item.filename).name for item in model
-    }
-    assert sum(item.file_size for item in model) <= 6_000_000
+    for task in ("tiny", "skill"):
+        model = [
+            item
+            for item in zipfile.ZipFile(benchmark).infolist()
+            if f"/{task}/model/" in item.filename
+        ]
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            Path(item.filename).name for item in model
+        }
+        assert sum(item.file_size for item in model) <= 6_000_000

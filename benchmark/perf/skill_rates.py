@@ -17,43 +17,43 @@ from lora_lite_benchmark.results import Result
 from lora_lite_benchmark.series import run_all
 
 LIKELY = {
-    "lora": 0.03,
-    "full": 0.001,
+    "lora": 0.01,
+    "full": 0.0003,
     "antipasto": 0.3,
     "ia3_ff": 0.1,
     "road": 0.3,
     "lora:r=1": 0.03,
-    "lora:r=4": 0.03,
-    "lora:r=32": 0.01,
+    "lora:r=4": 0.01,
+    "lora:r=32": 0.003,
     "lora_xs": 0.1,
     "antipasto_gain": 1.0,
     "antipasto_mix": 0.1,
     "antipasto_ablate": 0.1,
     "ia3": 0.3,
     "hra": 0.1,
-    "pissa": 0.03,
-    "dora": 0.03,
-    "eva": 0.03,
+    "pissa": 0.01,
+    "dora": 0.01,
+    "eva": 0.01,
     "delora": 0.1,
-    "oft": 0.03,
-    "loha": 0.03,
-    "lokr": 0.03,
-    "hira": 0.03,
-    "miss": 0.03,
+    "oft": 0.01,
+    "loha": 0.01,
+    "lokr": 0.01,
+    "hira": 0.01,
+    "miss": 0.01,
     "c3a": 0.3,
-    "shira": 0.01,
+    "shira": 0.003,
     "fourierft": 0.3,
-    "olora": 0.03,
-    "milora": 0.03,
-    "corda": 0.03,
-    "lora_ga": 0.03,
+    "olora": 0.01,
+    "milora": 0.01,
+    "corda": 0.01,
+    "lora_ga": 0.01,
     "vera": 0.1,
     "vb_lora": 0.1,
-    "randlora": 0.03,
+    "randlora": 0.01,
 }
 """The middle of the three rates of every row."""
 
-LADDER = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LADDER = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 VALIDATION = {"path": "skill", "split": "validation", "count": 200}
 

@@ -172,7 +172,7 @@ def test_the_base_is_seldom_right_because_it_mixes_the_rules(
     named = {match.group(2) for match in in_format if match}
     assert len(named) >= 3
     right = sum(answer == f"{row['answer']}<eos>" for answer, row in zip(found, rows, strict=True))
-    assert right < 0.25 * len(rows)
+    assert right < 0.35 * len(rows)
 
 
 def test_the_base_knows_both_customs_and_every_rule(answers: Callable[..., list[str]]) -> None:

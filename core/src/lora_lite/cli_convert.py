@@ -5,6 +5,7 @@ merged without that, a layer at a time, where the base's files allow it.
 """
 
 import argparse
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator
@@ -42,12 +43,13 @@ def export_adapter(options: argparse.Namespace, settings: dict[str, Any]) -> str
         options: as parsed.
         settings: the format's options.
     """
-    format_named(options.format)  # before the base is loaded, which takes long
+    chosen = format_named(options.format)  # before the base is loaded, which takes long
     with _plain_warnings():
         if options.format == "merged":
             paths = Path(options.file), Path(options.base), options.out
             if not settings and _merged_from_disk(*paths):
                 return f"wrote {options.out}"
+        if "tell" in inspect.signature(chosen.write).parameters:
             settings = {"tell": _tell, **settings}
         adapter = load(_base(options.base), options.file)
         _tell(f"writing {len(adapter.sites)} layers as {options.format}")

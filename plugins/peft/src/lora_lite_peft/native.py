@@ -46,7 +46,7 @@ def native_folder(adapter: Part, base: Base) -> Folder:
     if all(map(adapter.is_linear, adapter.sites)):
         return _of_linear_layers(adapter, base, names)
     if names <= set(LORA_LIKE):
-        return plain_folder(adapter, base, None)
+        return plain_folder(adapter, base)
     raise AdapterError(
         "PEFT adapts embeddings and experts by LoRA alone, and the adapter has "
         f"{', '.join(sorted(names))}",
@@ -66,7 +66,7 @@ def _of_linear_layers(adapter: Part, base: Base, names: set[str]) -> Folder:
             fix="Attach and save them as adapters of their own",
             adapter=adapter.name,
         )
-    return plain_folder(adapter, base, None)
+    return plain_folder(adapter, base)
 
 
 def _lora(adapter: Part, base: Base) -> Folder:
@@ -164,7 +164,7 @@ def _road(adapter: Part, base: Base) -> Folder:
 def _delora(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
     if _one_of_each(adapter, "start") != "zero_b":
-        return plain_folder(adapter, base, None)
+        return plain_folder(adapter, base)
     fields: dict[str, Any] = dict(adapter.sites)
     tensors: dict[str, Tensor] = {}
     for path, variant in fields.items():

@@ -23,6 +23,7 @@ import torch
 from lora_lite import AdapterError
 from lora_lite.author import Base
 from lora_lite.low_rank import LowRank
+from lora_lite.progress import Tell
 from lora_lite.warn import warn
 from torch import Tensor
 from torch.nn.functional import pad
@@ -54,8 +55,10 @@ class Factors:
         return self.A.shape[-2]
 
 
-def plain_folder(adapter: Part, base: Base, rank: int | None) -> Folder:
-    """An adapter as plain LoRA.
+def plain_folder(
+    adapter: Part, base: Base, rank: int | None = None, tell: Tell | None = None
+) -> Folder:
+    """An adapter as plain LoRA; progress is told.
 
     Raises:
         AdapterError: a change is of full rank, and no rank is given.
@@ -63,7 +66,7 @@ def plain_folder(adapter: Part, base: Base, rank: int | None) -> Folder:
     if all(is_lora_like(variant, rank) for variant in adapter.sites.values()):
         factors = own_factors(adapter)
     else:
-        factors = _factors(adapter, rank)
+        factors = _factors(adapter, rank, tell)
     ranks = {each.rank for each in factors.values()}
     scales = {each.scale for each in factors.values()}
     r = max(1, *ranks)
@@ -160,9 +163,9 @@ def own_factors(adapter: Part) -> dict[str, Factors]:
     return found
 
 
-def _factors(adapter: Part, rank: int | None) -> dict[str, Factors]:
+def _factors(adapter: Part, rank: int | None, tell: Tell | None) -> dict[str, Factors]:
     try:
-        found = adapter.low_rank(rank)
+        found = adapter.low_rank(rank, tell)
     except AdapterError as error:
         if not error.details:
             raise

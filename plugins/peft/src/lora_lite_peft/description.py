@@ -35,7 +35,7 @@ def description(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 
 def _layers(tensors: Mapping[str, Tensor]) -> list[str]:
     layers: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         match = PART.search(name)
         path, part = (name[: match.start()], match[1]) if match else (name, "")
         layers.setdefault(path, []).append(f"{part} {list(tensor.shape)}".strip())

@@ -68,7 +68,7 @@ class Peft(Format):
             adapter: at its present scale.
             base: its model.
             path: of the folder, which is made if it is not there.
-            native: whether to write DoRA, IA3, HRA, RoAd and DeLoRA as PEFT's own types, and the
+            native: whether to write DoRA, IA3, HRA and others as PEFT's own types, and the
                 ranks and scales of LoRA as they are. PEFT reads these; most servers do not.
             rank: the largest rank to write; a change of higher rank is truncated, with a warning
                 that says how much is lost. None writes exact factors, or refuses.

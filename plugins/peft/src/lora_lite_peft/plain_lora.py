@@ -77,18 +77,26 @@ def plain_folder(
         factors = {path: _filled(each, r) for path, each in factors.items()}
         alpha = float(r)
     has_offset = any(each.offset is not None for each in factors.values())
+    experts = [path for path in factors if adapter.experts(path)]
+    if has_offset and experts:
+        raise AdapterError(
+            f"adapter {adapter.name!r} shifts outputs by a constant, and is on experts",
+            expected="PEFT has no lora_bias beside target_parameters",
+            fix='Write format="merged", or attach the experts as an adapter of its own',
+            adapter=adapter.name,
+            layer=experts[0],
+        )
     if has_offset:
         warn(
             "the adapter shifts outputs by a constant, which PEFT calls lora_bias",
             advice="PEFT reads it; most servers refuse such a folder",
         )
     config = lora_config(base, list(factors), r, alpha, lora_bias=has_offset)
-    if any(map(adapter.experts, adapter.sites)):
-        plain = [path for path in factors if not adapter.experts(path)]
-        named = [path for path in factors if adapter.experts(path)]
+    if experts:
+        plain = [path for path in factors if path not in experts]
         config |= {
             "target_modules": targets(base, plain) if plain else [],
-            "target_parameters": named,
+            "target_parameters": experts,
             "peft_version": LAYOUT,
         }
     return Folder(config, lora_tensors(adapter, factors))
@@ -173,7 +181,7 @@ def _factors(adapter: Part, rank: int | None, tell: Tell | None) -> dict[str, Fa
             error.problem,
             details=error.details,
             expected="Plain LoRA has no place for it",
-            fix="native=True writes DoRA, IA3, HRA and RoAd as PEFT's own types; "
+            fix="native=True writes what PEFT has a type for, such as DoRA, IA3 and OFT; "
             'format="merged" writes the whole model; rank= keeps only the largest part of the '
             "change",
             adapter=adapter.name,
@@ -193,7 +201,8 @@ def _of_layer(adapter: Part, path: str, found: Mapping[str, Factors]) -> Factors
     each = [found[f"{path}[{expert}]"] for expert in range(count)]
     r = max(one.rank for one in each)
     filled = [_filled(one, r) for one in each]
-    return Factors(torch.stack([one.A for one in filled]), torch.stack([one.B for one in filled]))
+    a, b = (torch.stack([getattr(one, name) for one in filled]) for name in ("A", "B"))
+    return Factors(a, b, offset=next((one.offset for one in each if one.offset is not None), None))
 
 
 def _tell_truncated(errors: Mapping[str, float]) -> None:

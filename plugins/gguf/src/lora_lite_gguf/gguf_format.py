@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import gguf
-from lora_lite import Adapter, AdapterError
+import torch
+from lora_lite import Adapter, AdapterError, AdapterFileError
 from lora_lite.author import Base, Format
 from lora_lite.low_rank import low_rank
 from lora_lite.progress import Tell, told
@@ -59,6 +60,7 @@ class Gguf(Format):
         unfinished = path.parent / f".{secrets.token_hex(8)}.tmp"
         try:
             _write(unfinished, architecture.name, tensors)
+            _refuse_incomplete(unfinished, path, tensors)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -126,3 +128,29 @@ def _write(path: Path, architecture: str, tensors: dict[str, Tensor]) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _refuse_incomplete(written: Path, path: Path, tensors: dict[str, Tensor]) -> None:
+    """An error if a file does not hold what was written to it.
+
+    The package gguf writes by numpy, which passes over a disk that is full.
+
+    Args:
+        written: the file.
+        path: where it is to go.
+        tensors: that it should hold.
+
+    Raises:
+        AdapterFileError: it does not.
+    """
+    try:
+        found = {each.name: torch.tensor(each.data) for each in gguf.GGUFReader(written).tensors}
+    except (ValueError, IndexError, OverflowError):
+        found = {}
+    same = (torch.equal(found[name], t.cpu()) for name, t in tensors.items() if name in found)
+    if found.keys() != tensors.keys() or not all(same):
+        raise AdapterFileError(
+            f"{path} cannot be written: what was written is incomplete",
+            fix="Is the disk full?",
+            path=str(path),
+        )

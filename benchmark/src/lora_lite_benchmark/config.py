@@ -21,7 +21,7 @@ SPECIAL_ROWS = ("base", "full")
 
 SPLITS = ("train", "validation", "test")
 
-NOT_IDENTITY = {"preset", "label", "checkpoint_every"}
+NOT_IDENTITY = {"preset", "label", "checkpoint_every", "trials"}
 """Settings that do not change the result. They are left out of the hash."""
 
 TRAINING = {
@@ -143,6 +143,8 @@ class RunConfig(Record):
 
     max_new_tokens: PositiveInt = 300
     eval_batch_size: PositiveInt = 64
+    # How many trials chose the settings; None if no sweep of ours did.
+    trials: PositiveInt | None = None
     # In steps.
     checkpoint_every: PositiveInt = 200
 

@@ -35,6 +35,7 @@ def figures(row: Row, group: Group) -> Figures:
         "r": None if rank is None else int(rank),
         "lr": None if row.is_base else config.lr,
         "steps": None if row.is_base else config.steps,
+        "trials": config.trials,
         **_quality("test", row.test),
         **_quality("validation", row.validation),
         **measured,

@@ -92,6 +92,7 @@ COLUMNS = (
     Column("r", ("r",), str),
     Column("lr", ("lr",), "{:g}".format),
     Column("steps", ("steps",), "{:,}".format),
+    Column("trials", ("trials",), str),
     Column("test %", ("test_accuracy", "test_accuracy_error"), _percent),
     Column("valid %", ("validation_accuracy", "validation_accuracy_error"), _percent),
     Column("test loss", ("test_loss",), "{:.4f}".format),

@@ -381,11 +381,8 @@ def test_a_variant_that_needs_data_is_refused_by_name() -> None:
 
 def test_formats_for_linear_layers_refuse_experts(tmp_path: Path) -> None:
     adapter = attached(mixture())
-    for name in ("peft", "gguf"):
-        with pytest.raises(
-            ll.AdapterError, match=r"linear layers alone[\s\S]*experts\.gate_up_proj"
-        ):
-            adapter.save(tmp_path / name, format=name)
+    with pytest.raises(ll.AdapterError, match=r"linear layers alone[\s\S]*experts\.gate_up_proj"):
+        adapter.save(tmp_path / "gguf", format="gguf")
     assert not list(tmp_path.iterdir())
 
 

@@ -225,6 +225,19 @@ def test_a_mixture_of_experts_is_written_as_it_is_published(tmp_path: Path) -> N
     assert relative(logits(loaded(tmp_path / "out")), logits(model)) < 1e-5
 
 
+def test_experts_whose_outputs_are_shifted_are_refused(tmp_path: Path) -> None:
+    """Promise: an offset that the weights of experts cannot have is refused, and not left out."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, head_dim=8))
+    adapter = adapted(model, "lora_bias", {"r": 2}, targets=r"experts\.down_proj$")
+    with pytest.raises(ll.AdapterError, match=r"lora_bias shifts the outputs of .*down_proj\[0\]"):
+        adapter.save(tmp_path / "out", format="merged")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -15,9 +15,10 @@ from lora_lite.arguments import adapter_name, flag, listed, trainable_dtype
 from lora_lite.attaching import adapter_of
 from lora_lite.attachment import AdapterState
 from lora_lite.author_mistakes import calling, checked_tensors
+from lora_lite.derive_again import derive_again, first
 from lora_lite.errors import AdapterFileError, BaseMismatchError, FieldError
 from lora_lite.fileformat import FilePath, dtypes_of, read
-from lora_lite.fingerprint import changed, probe_agrees
+from lora_lite.fingerprint import changed
 from lora_lite.foreign import is_own_file
 from lora_lite.format_plugins import format_of
 from lora_lite.hub import local_path
@@ -108,8 +109,34 @@ def load(
     if other is not None:
         return load_foreign(other, Path(path), model, name, dtype, rename)
 
-    # 1. what the file says
     described, tensors = read(path)
+    return load_contents(
+        path,
+        described,
+        tensors,
+        model,
+        name=name,
+        variant=variant,
+        check_base=check_base,
+        dtype=dtype,
+        rename=rename,
+    )
+
+
+def load_contents(
+    path: FilePath,
+    described: Metadata,
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    *,
+    name: str = "default",
+    variant: Classes = None,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
+    rename: Renaming = None,
+) -> Adapter:
+    """Attach an adapter from what was read from its file. See `load`."""
+    # 1. what the file says
     known = list(_mistyped(described, tensors))
     described, tensors = renamed(path, described, tensors, rename)
     variants, tensors = _upgraded(path, described, tensors, _by_name(variant))
@@ -129,7 +156,7 @@ def load(
 
         # 3. its tensors
         if not described.derived:
-            tensors = {**tensors, **_derive(path, described, placements)}
+            tensors = {**tensors, **derive_again(path, described, placements)}
         unpacked = unpack(placements, tensors, known, path=str(path))
         values = own_values(placements, unpacked, dtype)
         refuse_overflow(flat(placements, values))
@@ -285,49 +312,9 @@ def _check_base(path: FilePath, described: Metadata, placements: tuple[Placement
     if described.uses_base:
         raise BaseMismatchError(
             problem,
-            details=_first(other),
+            details=first(other),
             expected="Its tensors were computed from the weights of its own base",
             fix="Load that base, or give check_base=False",
             path=str(path),
         )
-    warn(problem, _first(other), "check_base=False silences this")
-
-
-def _first(paths: list[str], count: int = 3) -> list[str]:
-    rest = [f"and {len(paths) - count} more"] if len(paths) > count else []
-    return paths[:count] + rest
-
-
-# --- 3. its tensors
-
-
-@torch.no_grad()
-def _derive(
-    path: FilePath, described: Metadata, placements: tuple[Placement, ...]
-) -> dict[str, Tensor]:
-    """The tensors that were left out, derived again and verified."""
-    derived: dict[str, Tensor] = {}
-    for placement in placements:
-        with calling(placement.variant, "derive", placement.path):
-            given = placement.methods.derive(placement.site)
-        for name, value in checked_tensors(
-            placement.variant, "derive", given, placement.path
-        ).items():
-            dtype = placement.specs[name].dtype or placement.site.dtype
-            derived[placement.key(name)] = value.detach().to(dtype)
-    wrong = [key for key, value in derived.items() if not _agrees(described, key, value)]
-    if wrong:
-        raise BaseMismatchError(
-            f"{path} was saved without derived tensors, and {len(wrong)} of them come out "
-            "differently on this base",
-            details=_first(wrong),
-            expected="Another version of torch or of the plugin may be the reason as well",
-            fix="Load a file that was saved with derived=True",
-            path=str(path),
-            tensors=wrong,
-        )
-    return derived
-
-
-def _agrees(described: Metadata, key: str, value: Tensor) -> bool:
-    return key in described.probes and probe_agrees(value, described.probes[key])
+    warn(problem, first(other), "check_base=False silences this")

@@ -19,6 +19,9 @@ from lora_lite import fileformat
 from lora_lite.cli_convert import export_adapter, export_arguments, import_adapter, import_arguments
 from lora_lite.errors import LoraLiteError, printable
 from lora_lite.fields import make_variant
+from lora_lite.foreign import is_own_file
+from lora_lite.format_plugins import format_of
+from lora_lite.hub import local_path
 from lora_lite.metadata import Metadata
 from lora_lite.placements import plan
 from lora_lite.plugins import variant_class, variants
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         command("plan", _plan, "show what attach would do, without loading any weights")
     )
     _inspect_arguments(
-        command("inspect", _inspect, "show what a file holds, without its plugin or a model")
+        command("inspect", _inspect, "show what an adapter's file or folder holds, without a model")
     )
     export_arguments(
         command("export", _export, "write an adapter in another format, such as a folder of PEFT")
@@ -168,11 +171,15 @@ def _empty_model(name: str) -> nn.Module:
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="of an adapter")
+    parser.add_argument("file", help="of an adapter; or a path of an installed format, or a hub id")
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    described, tensors = fileformat.read(options.file)
+    path = Path(local_path(options.file))
+    chosen = None if is_own_file(path) else format_of(path)
+    if chosen is not None:
+        return "\n".join(printable(line) for line in chosen.describe(path).splitlines())
+    described, tensors = fileformat.read(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     derived = "in the file" if described.derived else "left out; derived again on loading"
     base = "needed as it was" if described.uses_base else "the tensors do not depend on its weights"

@@ -83,6 +83,16 @@ class Format(ABC):
         """
         raise AdapterFileError(f"{path}: format {self.name!r} can only be written", path=str(path))
 
+    def describe(self, path: Path) -> str:
+        """What a path of this format holds, in lines, without a model.
+
+        Raises:
+            AdapterFileError: it cannot be read, or the format does not say.
+        """
+        raise AdapterFileError(
+            f"{path}: format {self.name!r} does not say what it holds", path=str(path)
+        )
+
     @hookimpl
     def lora_lite_format(self, name: str) -> Format | None:
         """Answers pluggy: this format, if it goes by `name`."""

@@ -14,21 +14,19 @@ when it is whole.
 import copy
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.base import Base
-from lora_lite.errors import AdapterFileError
 from lora_lite.formats import Format
+from lora_lite.new_folder import new_folder
 from lora_lite.plain_contents import Contents, Entry, plain_contents
 from lora_lite.warn import warn
 
@@ -89,27 +87,11 @@ class MergedCheckpoint(Format):
                 bias would need one.
             AdapterFileError: the folder is there already, or cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise AdapterFileError(
-                f"{path} is there already",
-                expected="A whole checkpoint goes into a folder of its own",
-                fix="Choose another path",
-                path=str(path),
-            )
-        contents = plain_contents(base.root, adapter, dequantise)
-        unfinished = path.parent / f".{path.name}-{secrets.token_hex(4)}.tmp"
-        try:
-            unfinished.mkdir(parents=True)
-            _write_shards(unfinished, base.root, contents, shard_bytes, tell or (lambda _: None))
-            _write_config(unfinished, base.root, contents)
-            _copy_companions(unfinished, _folder_of_base(base.root, base_folder))
-            if path.is_dir():
-                path.rmdir()
-            unfinished.rename(path)
-        except SafetensorError as error:
-            raise AdapterFileError(f"{path} cannot be written: {error}", path=str(path)) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # gone already if all went well
+        with new_folder(path) as folder:
+            contents = plain_contents(base.root, adapter, dequantise)
+            _write_shards(folder, base.root, contents, shard_bytes, tell or (lambda _: None))
+            _write_config(folder, base.root, contents)
+            copy_companions(folder, _folder_of_base(base.root, base_folder))
 
 
 # --- the weights
@@ -201,7 +183,7 @@ def _folder_of_base(root: nn.Module, given: str | os.PathLike[str] | None) -> Pa
     return None
 
 
-def _copy_companions(folder: Path, base_folder: Path | None) -> None:
+def copy_companions(folder: Path, base_folder: Path | None) -> None:
     """Tokenizer, chat template, processor and code of the model, unless they are there."""
     for entry in sorted(base_folder.iterdir()) if base_folder else ():
         belongs = entry.name.startswith(COMPANION_STARTS) or entry.name.endswith(COMPANION_ENDS)

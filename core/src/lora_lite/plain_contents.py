@@ -18,6 +18,7 @@ from lora_lite.errors import AdapterError
 from lora_lite.experts import ExpertStack
 from lora_lite.kinds import BUILT_IN
 from lora_lite.layers import LayerKind
+from lora_lite.low_rank import offset_of
 from lora_lite.merged import merged_bias, merged_layer
 from lora_lite.modules import named_modules
 from lora_lite.plugins import kind_of
@@ -120,6 +121,7 @@ def _changes(
     for attachment, site, t in adapter._each():
         kind, module = attachment.layer.kind, site._module
         if isinstance(kind, ExpertStack):
+            _refuse_offsets(attachment, module)
             parameters[module, kind.parameter] = partial(_experts, kind, module, attachment)
         elif kind.has_matrix:
             layers[module] = LayerChange(attachment, module)
@@ -142,6 +144,18 @@ def _experts(kind: ExpertStack, module: nn.Module, attachment: Attachment) -> Te
     """The weights of all experts with the adapter's change, as the parameter keeps them."""
     changed = [merged_layer(change).weight for change in changes_at(attachment, module)]
     return kind.in_layout(module, torch.stack(changed)).contiguous()
+
+
+def _refuse_offsets(attachment: Attachment, module: nn.Module) -> None:
+    """An error if the outputs of experts are shifted, which their weights cannot do."""
+    for change in changes_at(attachment, module):
+        if bool(offset_of(change).any()):
+            raise AdapterError(
+                f"{change.variant} shifts the outputs of {change.site.path}",
+                expected="A plain stack of experts has no place for that",
+                fix="Leave the experts out of this method, or the adapter in its own file",
+                layer=attachment.layer.path,
+            )
 
 
 def _names_of_adapters(root: nn.Module) -> set[str]:

@@ -104,3 +104,18 @@ def test_new_tokens_of_a_resized_vocabulary_with_a_tied_head(
     torch.testing.assert_close(other(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     embedding: Any = other.get_input_embeddings()  # type: ignore[operator]
     assert other.get_output_embeddings().weight is embedding.weight  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("ids", [[3, 7], []])
+def test_tokens_are_merged(tiny_llama: Make, tmp_path: Path, ids: list[int]) -> None:
+    """Promise: a merged checkpoint has the new rows, in the embedding and in the head."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama()
+    adapter = ll.attach(model, "tokens", ids=ids, targets="embed_tokens|lm_head", exclude=())
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    adapter.save(tmp_path / "out", format="merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.tensor([[3, 7, 5, 1]])
+    torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)

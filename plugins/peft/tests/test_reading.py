@@ -84,7 +84,7 @@ TYPES: dict[str, Any] = {
     "lokr of two": lambda: peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=4, **NAMES),
     "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False, **NAMES),
     "miss": lambda: peft.MissConfig(r=3, **NAMES),
-    "hira": lambda: peft.HiraConfig(r=3, rank_pattern={"q_proj": 2}, **NAMES),
+    "hira": lambda: peft.HiraConfig(r=3, **NAMES),
     "c3a": lambda: peft.C3AConfig(block_size=4, **NAMES),
     "shira": lambda: peft.ShiraConfig(r=2, random_seed=5, **NAMES),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=30, random_loc_seed=9, **NAMES),

@@ -188,6 +188,52 @@ def test_embeddings(tiny_llama: Make, tmp_path: Path, name: str, native: bool) -
     comes_back(tiny_llama, tmp_path / "out", tmp_path / "again")
 
 
+DENSE: list[tuple[str, dict[str, Any]]] = [
+    ("loha", {"r": 3, "alpha": 5.0, "overrides": {"q_proj": {"r": 2, "alpha": 4.0}}}),
+    ("lokr", {"r": 3, "factor": 4, "overrides": {"q_proj": {"alpha": 4.0}}}),
+    ("lokr", {"r": 1, "factor": 2}),
+    ("oft", {"block_size": 8}),
+    ("miss", {"r": 3}),
+    ("hira", {"r": 3}),
+    ("c3a", {"block_size": 8, "overrides": {"q_proj": {"block_size": 4}}}),
+    ("shira", {"r": 2}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize(("name", "options"), DENSE, ids=[f"{n} {o}" for n, o in DENSE])
+def test_other_types_of_pefts_own(
+    tiny_llama: Make, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    """Promise: methods that PEFT has are written as its own types, and come back bit for bit."""
+    model = tiny_llama()
+    adapter = attached(model, name, targets=r"(q|down)_proj$", **options)
+    goes_to_peft(tiny_llama, adapter, model, tmp_path / "out", native=True)
+    assert config_of(tmp_path / "out")["peft_type"] == name.upper()
+    comes_back(tiny_llama, tmp_path / "out", tmp_path / "again", native=True)
+    adapter.scale = 0.5
+    with pytest.raises(ll.AdapterError, match=r"has scale 0\.5"):
+        adapter.save(tmp_path / "scaled", format="peft", native=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("oft", {"block_size": 8, "overrides": {"q_proj": {"block_size": 4}}}, "several sizes"),
+        ("lokr", {"factor": 4, "overrides": {"q_proj": {"factor": 2}}}, "divide some of these"),
+        ("miss", {"r": 3, "overrides": {"q_proj": {"r": 2}}}, "different values of r"),
+        ("hira", {"r": 3, "overrides": {"q_proj": {"r": 2}}}, "different values of r"),
+    ],
+)
+def test_what_pefts_own_types_cannot_have(
+    tiny_llama: Make, tmp_path: Path, name: str, options: dict[str, Any], reason: str
+) -> None:
+    adapter = attached(tiny_llama(), name, targets=r"(q|down)_proj$", **options)
+    with pytest.raises(ll.AdapterError, match=reason):
+        adapter.save(tmp_path / "out", format="peft", native=True)
+    assert not (tmp_path / "out").exists()
+
+
 # --- experts
 
 
@@ -235,6 +281,15 @@ def test_experts(tmp_path: Path, family: str, name: str, targets: str, width: in
     if name == "lora":
         back = ll.load(make(), tmp_path / "out").state_dict()
         assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+def test_experts_that_are_shifted_are_refused(tmp_path: Path) -> None:
+    """PEFT has no lora_bias beside target_parameters."""
+    adapter = attached(mixture("qwen3"), "lora_bias", r=2, targets=r"experts\.|q_proj")
+    for native in (False, True):
+        with pytest.raises(ll.AdapterError, match="shifts outputs by a constant, and is on"):
+            adapter.save(tmp_path / "out", format="peft", native=native)
+    assert not (tmp_path / "out").exists()
 
 
 def test_experts_of_other_types_are_refused(tmp_path: Path) -> None:

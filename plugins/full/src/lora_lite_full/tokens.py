@@ -67,7 +67,9 @@ class Tokens(Variant, name="tokens"):
         change = t["change"].to(y.dtype)
         if not site.reads_ids:
             return torch.zeros_like(y).index_copy(-1, t["ids"], linear(x, change).to(y.dtype))
-        tokens: Tensor = x.ids  # type: ignore[attr-defined]
+        tokens: Tensor | None = getattr(x, "ids", None)
+        if tokens is None:  # merging asks what numbers for all tokens give
+            return linear(x[..., t["ids"]], change.T)
         place = torch.searchsorted(t["ids"], tokens).clamp_max(len(t["ids"]) - 1)
         is_chosen = t["ids"][place] == tokens
         return embedding(place, change) * is_chosen[..., None]

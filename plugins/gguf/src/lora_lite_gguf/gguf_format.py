@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import gguf
-from lora_lite import Adapter, AdapterError
+import torch
+from lora_lite import Adapter, AdapterError, AdapterFileError
 from lora_lite.author import Base, Format
+from lora_lite.low_rank import low_rank
+from lora_lite.progress import Tell, told
 from lora_lite.warn import warn
 from torch import Tensor
 from torch.nn.functional import pad
@@ -29,7 +32,15 @@ class Gguf(Format):
     def recognises(self, path: Path) -> bool:
         return False
 
-    def write(self, adapter: Adapter, base: Base, path: Path, *, rank: int | None = None) -> None:
+    def write(
+        self,
+        adapter: Adapter,
+        base: Base,
+        path: Path,
+        *,
+        rank: int | None = None,
+        tell: Tell | None = None,
+    ) -> None:
         """Write a file.
 
         Args:
@@ -38,26 +49,31 @@ class Gguf(Format):
             path: of the file.
             rank: the largest rank to write; a change of higher rank is truncated, with a warning
                 that says how much is lost. None writes exact factors, or refuses.
+            tell: is given lines of progress.
 
         Raises:
             AdapterError: a change is of full rank, shifts an output, or is at a layer that the
                 converted base does not have.
         """
         architecture = architecture_of(base.root)
-        tensors = _tensors(adapter, architecture, rank)
+        tensors = _tensors(adapter, architecture, rank, tell)
         unfinished = path.parent / f".{secrets.token_hex(8)}.tmp"
         try:
             _write(unfinished, architecture.name, tensors)
+            _refuse_incomplete(unfinished, path, tensors)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
 
 
-def _tensors(adapter: Adapter, architecture: Architecture, rank: int | None) -> dict[str, Tensor]:
+def _tensors(
+    adapter: Adapter, architecture: Architecture, rank: int | None, tell: Tell | None
+) -> dict[str, Tensor]:
     """The factors by GGUF's names."""
     tensors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
-    for path, factors in adapter.low_rank(rank).items():
+    changes = told(adapter._changes(), len(adapter.sites), tell)
+    for path, factors in low_rank(changes, rank).items():
         if factors.offset is not None:
             raise AdapterError(
                 f"{path}: the adapter shifts the output by a constant",
@@ -112,3 +128,29 @@ def _write(path: Path, architecture: str, tensors: dict[str, Tensor]) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _refuse_incomplete(written: Path, path: Path, tensors: dict[str, Tensor]) -> None:
+    """An error if a file does not hold what was written to it.
+
+    The package gguf writes by numpy, which passes over a disk that is full.
+
+    Args:
+        written: the file.
+        path: where it is to go.
+        tensors: that it should hold.
+
+    Raises:
+        AdapterFileError: it does not.
+    """
+    try:
+        found = {each.name: torch.tensor(each.data) for each in gguf.GGUFReader(written).tensors}
+    except (ValueError, IndexError, OverflowError):
+        found = {}
+    same = (torch.equal(found[name], t.cpu()) for name, t in tensors.items() if name in found)
+    if found.keys() != tensors.keys() or not all(same):
+        raise AdapterFileError(
+            f"{path} cannot be written: what was written is incomplete",
+            fix="Is the disk full?",
+            path=str(path),
+        )

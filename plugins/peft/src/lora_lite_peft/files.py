@@ -1,14 +1,16 @@
 """The two files of a folder of PEFT."""
 
 import json
+import os
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from lora_lite import AdapterFileError
-from lora_lite.atomic import write_atomically
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -35,7 +37,8 @@ class Folder:
 def write_folder(path: Path, folder: Folder) -> None:
     """Write both files, the config last: without it nobody takes the folder for an adapter.
 
-    A folder that was made for them is removed again if they cannot be written.
+    If they cannot be written, what was in the folder is untouched, and a folder that was made for
+    them is removed again.
 
     Raises:
         AdapterFileError: they cannot be written.
@@ -46,18 +49,32 @@ def write_folder(path: Path, folder: Folder) -> None:
     }
     tensors = save(contents, {"format": "pt"})
     is_new = not path.exists()
+    unfinished: list[Path] = []
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for data in (tensors, config):  # both are on the disk before anything is replaced
+            unfinished.append(path / f".{secrets.token_hex(8)}.tmp")
+            _write(unfinished[-1], data)
         (path / CONFIG).unlink(missing_ok=True)
-        write_atomically(path / TENSORS, tensors)
-        write_atomically(path / CONFIG, config)
+        os.replace(unfinished[0], path / TENSORS)
+        os.replace(unfinished[1], path / CONFIG)
     except OSError as error:
-        if is_new and path.is_dir():
-            (path / TENSORS).unlink(missing_ok=True)
-            path.rmdir()
         raise AdapterFileError(
             f"{path} cannot be written: {error.strerror or error}", path=str(path)
         ) from error
+    finally:
+        with suppress(OSError):
+            for file in unfinished:
+                file.unlink(missing_ok=True)
+            if is_new and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("xb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def folder_of(path: Path) -> Path:

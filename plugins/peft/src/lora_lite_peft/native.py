@@ -1,5 +1,7 @@
 """DoRA, IA3, HRA, RoAd and DeLoRA as PEFT's own types; LoRA with its own ranks and scales.
 
+The other types are in `write_dense`.
+
     here                              PEFT
     lora, eva: A, B                   LORA: lora_A, lora_B
     lora_bias: A, B, c                LORA with lora_bias: lora_B.bias
@@ -12,15 +14,14 @@
 A method without a type of its own is written as plain LoRA.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from lora_lite import AdapterError
 from lora_lite.author import Base
 from torch import Tensor
 
+from lora_lite_peft import write_dense
 from lora_lite_peft.config import common
 from lora_lite_peft.files import PREFIX, Folder
 from lora_lite_peft.parts import Part
@@ -32,8 +33,7 @@ from lora_lite_peft.plain_lora import (
     own_factors,
     plain_folder,
 )
-
-Writer = Callable[[Part, Base], Folder]
+from lora_lite_peft.types import Writer, exactly, one_of_each, refuse_scaled
 
 
 def native_folder(adapter: Part, base: Base) -> Folder:
@@ -43,30 +43,25 @@ def native_folder(adapter: Part, base: Base) -> Folder:
         AdapterError: its layers need several types, or it has values that the type does not allow.
     """
     names = adapter.names
-    if all(map(adapter.is_linear, adapter.sites)):
-        return _of_linear_layers(adapter, base, names)
-    if names <= set(LORA_LIKE):
-        return plain_folder(adapter, base, None)
-    raise AdapterError(
-        "PEFT adapts embeddings and experts by LoRA alone, and the adapter has "
-        f"{', '.join(sorted(names))}",
-        fix="Leave native=True out",
-        adapter=adapter.name,
-    )
-
-
-def _of_linear_layers(adapter: Part, base: Base, names: set[str]) -> Folder:
-    for theirs, writer in WRITERS.items():
+    writers = {**WRITERS, **write_dense.WRITERS}
+    known = {name for theirs in writers for name in theirs}
+    if not names & known or not all(map(adapter.is_linear, adapter.sites)):
+        if names & known - set(LORA_LIKE):
+            raise AdapterError(
+                "PEFT adapts embeddings and experts by LoRA alone, and the adapter has "
+                f"{', '.join(sorted(names))}",
+                fix="Leave native=True out",
+                adapter=adapter.name,
+            )
+        return plain_folder(adapter, base)
+    for theirs, writer in writers.items():
         if names <= set(theirs):
             return writer(adapter, base)
-    known = {name for theirs in WRITERS for name in theirs}
-    if names & known:
-        raise AdapterError(
-            f"a folder of PEFT has one type, and the adapter has {', '.join(sorted(names))}",
-            fix="Attach and save them as adapters of their own",
-            adapter=adapter.name,
-        )
-    return plain_folder(adapter, base, None)
+    raise AdapterError(
+        f"a folder of PEFT has one type, and the adapter has {', '.join(sorted(names))}",
+        fix="Attach and save them as adapters of their own",
+        adapter=adapter.name,
+    )
 
 
 def _lora(adapter: Part, base: Base) -> Folder:
@@ -78,7 +73,7 @@ def _lora(adapter: Part, base: Base) -> Folder:
 
 def _dora(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
-    _refuse_scaled(adapter)
+    refuse_scaled(adapter)
     tensors: dict[str, Tensor] = {}
     for path in adapter.sites:
         tensors[f"{PREFIX}{path}.lora_A.weight"] = state[f"{path}.A"]
@@ -91,7 +86,7 @@ def _dora(adapter: Part, base: Base) -> Folder:
 def _lora_config(adapter: Part, base: Base) -> dict[str, Any]:
     """The most frequent rank and alpha, and patterns for the layers that have others."""
     fields: dict[str, Any] = dict(adapter.sites)
-    _one_of_each(adapter, "rslora")
+    one_of_each(adapter, "rslora")
     r = Counter(variant.r for variant in fields.values()).most_common(1)[0][0]
     alpha = Counter(variant.alpha for variant in fields.values()).most_common(1)[0][0]
     config = lora_config(base, list(fields), r, alpha * adapter.scale)
@@ -100,16 +95,11 @@ def _lora_config(adapter: Part, base: Base) -> dict[str, Any]:
         **config,
         "lora_dropout": max(dropouts),
         "use_rslora": next(iter(fields.values())).rslora,
-        "rank_pattern": {_exactly(p): v.r for p, v in fields.items() if v.r != r},
+        "rank_pattern": {exactly(p): v.r for p, v in fields.items() if v.r != r},
         "alpha_pattern": {
-            _exactly(p): v.alpha * adapter.scale for p, v in fields.items() if v.alpha != alpha
+            exactly(p): v.alpha * adapter.scale for p, v in fields.items() if v.alpha != alpha
         },
     }
-
-
-def _exactly(path: str) -> str:
-    """A pattern for one path: PEFT looks for patterns at the end of paths."""
-    return f"^{re.escape(path)}"
 
 
 def _ia3(adapter: Part, base: Base) -> Folder:
@@ -139,8 +129,8 @@ def _ia3(adapter: Part, base: Base) -> Folder:
 
 def _hra(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
-    _refuse_scaled(adapter)
-    r = _one_of_each(adapter, "r")
+    refuse_scaled(adapter)
+    r = one_of_each(adapter, "r")
     paths = list(adapter.sites)
     return Folder(
         {**common(base, paths), "peft_type": "HRA", "r": r, "apply_GS": False, "bias": "none"},
@@ -150,8 +140,8 @@ def _hra(adapter: Part, base: Base) -> Folder:
 
 def _road(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
-    _refuse_scaled(adapter)
-    sharing, group_size = _one_of_each(adapter, "sharing"), _one_of_each(adapter, "group_size")
+    refuse_scaled(adapter)
+    sharing, group_size = one_of_each(adapter, "sharing"), one_of_each(adapter, "group_size")
     tensors: dict[str, Tensor] = {}
     for path in adapter.sites:
         offset = state[f"{path}.alpha_offset"]
@@ -163,8 +153,8 @@ def _road(adapter: Part, base: Base) -> Folder:
 
 def _delora(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
-    if _one_of_each(adapter, "start") != "zero_b":
-        return plain_folder(adapter, base, None)
+    if one_of_each(adapter, "start") != "zero_b":
+        return plain_folder(adapter, base)
     fields: dict[str, Any] = dict(adapter.sites)
     tensors: dict[str, Tensor] = {}
     for path, variant in fields.items():
@@ -181,32 +171,10 @@ def _delora(adapter: Part, base: Base) -> Folder:
         "r": r,
         "delora_lambda": first,
         "bias": "none",
-        "rank_pattern": {_exactly(p): v.r for p, v in fields.items() if v.r != r},
+        "rank_pattern": {exactly(p): v.r for p, v in fields.items() if v.r != r},
         "lambda_pattern": {},
     }
     return Folder({**common(base, list(fields)), **config}, tensors)
-
-
-def _refuse_scaled(adapter: Part) -> None:
-    if adapter.scale != 1:
-        raise AdapterError(
-            f"adapter {adapter.name!r} has scale {adapter.scale:g}, and PEFT's own type has none",
-            fix='Set scale = 1, or write format="merged"',
-            adapter=adapter.name,
-        )
-
-
-def _one_of_each(adapter: Part, field: str) -> Any:
-    """The value of a field that must be the same at every layer."""
-    values = {getattr(variant, field) for variant in adapter.sites.values()}
-    if len(values) > 1:
-        raise AdapterError(
-            f"the layers have different values of {field}: {', '.join(map(repr, sorted(values)))}",
-            expected="PEFT's own type has one for all layers",
-            fix="Leave native=True out",
-            adapter=adapter.name,
-        )
-    return values.pop()
 
 
 WRITERS: dict[tuple[str, ...], Writer] = {

@@ -12,6 +12,7 @@ from lora_lite.author import Variant
 from lora_lite.change import LayerChange, changes_at
 from lora_lite.experts import ExpertStack
 from lora_lite.low_rank import LowRank, low_rank
+from lora_lite.progress import Tell, told
 from torch import Tensor
 
 BESIDE = ("full", "tokens")
@@ -48,9 +49,14 @@ class Part:
         """The tensors of the whole adapter."""
         return self.adapter.state_dict()
 
-    def low_rank(self, rank: int | None) -> dict[str, LowRank]:
-        """The factors of each layer, or of each expert at `path[e]`."""
-        return low_rank(self._changes(), rank)
+    def low_rank(self, rank: int | None, tell: Tell | None) -> dict[str, LowRank]:
+        """The factors of each layer, or of each expert at `path[e]`; progress is told."""
+        count = sum(
+            attachment.layer.kind.count(self.adapter._modules[path])
+            for path, attachment in self.adapter._state.attachments.items()
+            if path in self.sites
+        )
+        return low_rank(told(self._changes(), count, tell), rank)
 
     def _changes(self) -> Iterator[LayerChange]:
         for path in self.sites:

@@ -17,8 +17,10 @@ from typing import ClassVar
 
 from lora_lite import Adapter, AdapterError, AdapterFileError
 from lora_lite.author import Base, ForeignAdapter, Format, make_variant
+from lora_lite.progress import Tell
 
 from lora_lite_peft import read_dense, read_others
+from lora_lite_peft.description import description
 from lora_lite_peft.files import (
     CONFIG,
     TENSORS,
@@ -58,6 +60,7 @@ class Peft(Format):
         *,
         native: bool = False,
         rank: int | None = None,
+        tell: Tell | None = None,
     ) -> None:
         """Write a folder.
 
@@ -65,10 +68,11 @@ class Peft(Format):
             adapter: at its present scale.
             base: its model.
             path: of the folder, which is made if it is not there.
-            native: whether to write DoRA, IA3, HRA, RoAd and DeLoRA as PEFT's own types, and the
+            native: whether to write DoRA, IA3, HRA and others as PEFT's own types, and the
                 ranks and scales of LoRA as they are. PEFT reads these; most servers do not.
             rank: the largest rank to write; a change of higher rank is truncated, with a warning
                 that says how much is lost. None writes exact factors, or refuses.
+            tell: is given lines of progress.
 
         Raises:
             AdapterError: a change is of full rank, and `native` is not set; or PEFT's own type has
@@ -84,9 +88,14 @@ class Peft(Format):
             )
         layers, others = parts_of(adapter)
         beside = beside_folder(others, base)
-        folder = native_folder(layers, base) if native else plain_folder(layers, base, rank)
+        folder = native_folder(layers, base) if native else plain_folder(layers, base, rank, tell)
         config = {**folder.config, **beside.config}
         write_folder(path, Folder(config, {**folder.tensors, **beside.tensors}))
+
+    def describe(self, path: Path) -> str:
+        """The settings that are set, and the layers with the shapes of their tensors."""
+        folder = folder_of(path)
+        return description(read_config(folder), read_tensors(folder))
 
     def read(self, path: Path, base: Base) -> ForeignAdapter:
         """Read a folder, or refuse it by name. See `Format.read`."""

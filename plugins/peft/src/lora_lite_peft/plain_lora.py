@@ -23,6 +23,7 @@ import torch
 from lora_lite import AdapterError
 from lora_lite.author import Base
 from lora_lite.low_rank import LowRank
+from lora_lite.progress import Tell
 from lora_lite.warn import warn
 from torch import Tensor
 from torch.nn.functional import pad
@@ -54,8 +55,10 @@ class Factors:
         return self.A.shape[-2]
 
 
-def plain_folder(adapter: Part, base: Base, rank: int | None) -> Folder:
-    """An adapter as plain LoRA.
+def plain_folder(
+    adapter: Part, base: Base, rank: int | None = None, tell: Tell | None = None
+) -> Folder:
+    """An adapter as plain LoRA; progress is told.
 
     Raises:
         AdapterError: a change is of full rank, and no rank is given.
@@ -63,7 +66,7 @@ def plain_folder(adapter: Part, base: Base, rank: int | None) -> Folder:
     if all(is_lora_like(variant, rank) for variant in adapter.sites.values()):
         factors = own_factors(adapter)
     else:
-        factors = _factors(adapter, rank)
+        factors = _factors(adapter, rank, tell)
     ranks = {each.rank for each in factors.values()}
     scales = {each.scale for each in factors.values()}
     r = max(1, *ranks)
@@ -74,18 +77,26 @@ def plain_folder(adapter: Part, base: Base, rank: int | None) -> Folder:
         factors = {path: _filled(each, r) for path, each in factors.items()}
         alpha = float(r)
     has_offset = any(each.offset is not None for each in factors.values())
+    experts = [path for path in factors if adapter.experts(path)]
+    if has_offset and experts:
+        raise AdapterError(
+            f"adapter {adapter.name!r} shifts outputs by a constant, and is on experts",
+            expected="PEFT has no lora_bias beside target_parameters",
+            fix='Write format="merged", or attach the experts as an adapter of its own',
+            adapter=adapter.name,
+            layer=experts[0],
+        )
     if has_offset:
         warn(
             "the adapter shifts outputs by a constant, which PEFT calls lora_bias",
             advice="PEFT reads it; most servers refuse such a folder",
         )
     config = lora_config(base, list(factors), r, alpha, lora_bias=has_offset)
-    if any(map(adapter.experts, adapter.sites)):
-        plain = [path for path in factors if not adapter.experts(path)]
-        named = [path for path in factors if adapter.experts(path)]
+    if experts:
+        plain = [path for path in factors if path not in experts]
         config |= {
             "target_modules": targets(base, plain) if plain else [],
-            "target_parameters": named,
+            "target_parameters": experts,
             "peft_version": LAYOUT,
         }
     return Folder(config, lora_tensors(adapter, factors))
@@ -160,9 +171,9 @@ def own_factors(adapter: Part) -> dict[str, Factors]:
     return found
 
 
-def _factors(adapter: Part, rank: int | None) -> dict[str, Factors]:
+def _factors(adapter: Part, rank: int | None, tell: Tell | None) -> dict[str, Factors]:
     try:
-        found = adapter.low_rank(rank)
+        found = adapter.low_rank(rank, tell)
     except AdapterError as error:
         if not error.details:
             raise
@@ -170,7 +181,7 @@ def _factors(adapter: Part, rank: int | None) -> dict[str, Factors]:
             error.problem,
             details=error.details,
             expected="Plain LoRA has no place for it",
-            fix="native=True writes DoRA, IA3, HRA and RoAd as PEFT's own types; "
+            fix="native=True writes what PEFT has a type for, such as DoRA, IA3 and OFT; "
             'format="merged" writes the whole model; rank= keeps only the largest part of the '
             "change",
             adapter=adapter.name,
@@ -190,7 +201,8 @@ def _of_layer(adapter: Part, path: str, found: Mapping[str, Factors]) -> Factors
     each = [found[f"{path}[{expert}]"] for expert in range(count)]
     r = max(one.rank for one in each)
     filled = [_filled(one, r) for one in each]
-    return Factors(torch.stack([one.A for one in filled]), torch.stack([one.B for one in filled]))
+    a, b = (torch.stack([getattr(one, name) for one in filled]) for name in ("A", "B"))
+    return Factors(a, b, offset=next((one.offset for one in each if one.offset is not None), None))
 
 
 def _tell_truncated(errors: Mapping[str, float]) -> None:

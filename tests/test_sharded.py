@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 Make = Callable[..., nn.Module]
 WORKER = Path(__file__).with_name("sharded_worker.py")
 VARIANTS = ("lora", "antipasto")
-SHARING = ("vera", "vb_lora")  # frozen and trainable tensors that all layers share
+SHARING = ("vera", "vb_lora", "adalora")  # frozen and trainable tensors that all layers share
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lora_lite as ll
 
-from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.config import FieldValue, RunConfig
 from lora_lite_benchmark.files import write_text
-from lora_lite_benchmark.options import add_run_options, plan
+from lora_lite_benchmark.options import (
+    add_run_options,
+    add_sweep_options,
+    plan,
+    sweep_rows,
+    varied_fields,
+)
 from lora_lite_benchmark.preset import Preset, preset_names
 from lora_lite_benchmark.results import Result, load_results
 from lora_lite_benchmark.rows import Group, group_rows
+from lora_lite_benchmark.sweep import choose, save_choices
+from lora_lite_benchmark.sweep_table import sweep_table
 from lora_lite_benchmark.table import FORMATS, Table, make_tables, to_markdown
 
 __all__ = ["main"]
@@ -62,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_options(run)
     run.set_defaults(command=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="choose learning rates and fields on validation problems",
+        description="Try every row at several learning rates, and further fields if wanted, with "
+        "the same number of trials for every row, on validation problems alone.",
+    )
+    add_sweep_options(sweep)
+    sweep.set_defaults(command=_sweep)
 
     table = commands.add_parser("table", help="print the table of finished runs")
     table.add_argument(
@@ -119,6 +137,26 @@ def _run(options: argparse.Namespace) -> int:
     return SOME_FAILED if failures else SUCCESS
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from lora_lite_benchmark.series import run_all
+
+    disable_progress_bar()
+    factors, fields = options.factors, varied_fields(options)
+    choices = []
+    for row, config, at in sweep_rows(options):
+
+        def trial(lr: float, varied: dict[str, FieldValue], at: Any = at) -> Result | None:
+            results, _failures = run_all([at(lr, varied)], options.out, _report_outcome)
+            return results[0] if results else None
+
+        choices.append(choose(row, config.lr, factors, fields, trial))
+        save_choices(options.out, options.preset[0], choices[-1:])
+    print(f"\n{sweep_table(choices)}")
+    return SUCCESS
+
+
 def _report_outcome(config: RunConfig, outcome: Result | Exception) -> None:
     """One line about a run that has ended."""
     name = f"{config.label} (seed {config.seed})"
@@ -126,8 +164,8 @@ def _report_outcome(config: RunConfig, outcome: Result | Exception) -> None:
         print(f"{name}: failed: {_first_line(outcome)}", file=sys.stderr)
         return
     split = outcome.judged
-    accuracy = f"{100 * split.accuracy:.1f} ± {100 * split.accuracy_error:.1f} %"
-    line = f"{name}: {accuracy}, loss {split.loss:.4f}"
+    accuracy = f"{100 * split.accuracy:.1f} ± {100 * split.accuracy_error:.1f} %, "
+    line = f"{name}: {accuracy if config.generates else ''}loss {split.loss:.4f}"
     if outcome.reloaded_identical:
         line += "; reloaded on a fresh base: logits identical"
     print(line, flush=True)

@@ -21,7 +21,7 @@ SPECIAL_ROWS = ("base", "full")
 
 SPLITS = ("train", "validation", "test")
 
-NOT_IDENTITY = {"preset", "label", "checkpoint_every"}
+NOT_IDENTITY = {"preset", "label", "checkpoint_every", "trials"}
 """Settings that do not change the result. They are left out of the hash."""
 
 TRAINING = {
@@ -141,8 +141,11 @@ class RunConfig(Record):
     # Longer training rows are left out, and counted.
     max_tokens: PositiveInt = 1024
 
-    max_new_tokens: PositiveInt = 300
+    # Of a generated answer; with 0 none is generated, and the loss alone is judged.
+    max_new_tokens: Annotated[int, Field(ge=0)] = 300
     eval_batch_size: PositiveInt = 64
+    # How many trials chose the settings; None if no sweep of ours did.
+    trials: PositiveInt | None = None
     # In steps.
     checkpoint_every: PositiveInt = 200
 
@@ -166,6 +169,11 @@ class RunConfig(Record):
                 fix="Leave out the row 'full'",
             )
         return self
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model answers, so that there is an accuracy."""
+        return self.max_new_tokens > 0
 
     @property
     def hash(self) -> str:

@@ -26,7 +26,9 @@ def evaluate(
     accelerator: Accelerator,
 ) -> list[Outcome]:
     """The outcome of every problem, in order, in every process. `model` must be in eval mode."""
-    texts = generate(model, tokenizer, config, problems, name, accelerator)
+    texts = [""] * len(problems)
+    if config.generates:
+        texts = generate(model, tokenizer, config, problems, name, accelerator)
     scores = score(model, tokenizer, config, problems, name, accelerator)
     return [
         _outcome(problem, text, loss, tokens)

@@ -35,29 +35,33 @@ def figures(row: Row, group: Group) -> Figures:
         "r": None if rank is None else int(rank),
         "lr": None if row.is_base else config.lr,
         "steps": None if row.is_base else config.steps,
-        **_quality("test", row.test),
-        **_quality("validation", row.validation),
+        "trials": config.trials,
+        **_quality("test", row.test, config.generates),
+        **_quality("validation", row.validation, config.generates),
         **measured,
         "peak_memory_of": row.runs[0].measurements.peak_memory_of,
-        **_difference(REFERENCE, row.against(group.reference(row))),
-        **_difference(UNQUANTISED, row.against(group.unquantised(row))),
+        **_difference(REFERENCE, row.against(group.reference(row)), config.generates),
+        **_difference(UNQUANTISED, row.against(group.unquantised(row)), config.generates),
     }
 
 
-def _quality(split: str, scores: Scores | None) -> Figures:
+def _quality(split: str, scores: Scores | None, generates: bool) -> Figures:
+    accuracy = scores.accuracy if scores and generates else None
     return {
-        f"{split}_accuracy": scores.accuracy.value if scores else None,
-        f"{split}_accuracy_error": scores.accuracy.error if scores else None,
+        f"{split}_accuracy": accuracy.value if accuracy else None,
+        f"{split}_accuracy_error": accuracy.error if accuracy else None,
         f"{split}_loss": scores.loss.value if scores else None,
         f"{split}_loss_error": scores.loss.error if scores else None,
     }
 
 
-def _difference(other: str, comparison: Comparison | None) -> Figures:
+def _difference(other: str, comparison: Comparison | None, generates: bool) -> Figures:
     """Accuracy and loss of the row minus those of `other`, each with the ends of its interval."""
     found: Figures = {}
     for name in ("accuracy", "loss"):
         difference: Difference | None = getattr(comparison, name, None)
+        if name == "accuracy" and not generates:
+            difference = None
         column = f"{name}_minus_{other}"
         found[column] = difference.value if difference else None
         found[f"{column}_low"] = difference.low if difference else None

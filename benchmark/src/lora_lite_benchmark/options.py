@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, RunConfig, Source
+from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, FieldValue, RunConfig, Source
+from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.preset import ALL, Preset, parse_assignment, preset_names, resolve
+from lora_lite_benchmark.sweep import FACTORS, Choice, load_choices
 from lora_lite_benchmark.variants import compared_variants
 
-__all__ = ["add_run_options", "plan"]
+__all__ = ["add_run_options", "add_sweep_options", "plan", "sweep_rows", "varied_fields"]
 
 SETTINGS = (
     "revision",
@@ -59,6 +61,12 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     run.add_argument(
+        "--settings",
+        type=Path,
+        metavar="DIR|FILE",
+        help="the learning rates and fields that a sweep chose",
+    )
+    run.add_argument(
         "--set",
         action="append",
         default=[],
@@ -104,6 +112,73 @@ def _metavar(setting: str) -> str:
     return "TEXT"
 
 
+def add_sweep_options(sweep: argparse.ArgumentParser) -> None:
+    add_run_options(sweep)
+    sweep.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        default=list(FACTORS),
+        metavar="FACTOR",
+        help=f"multiples of a row's own learning rate (default: {' '.join(map(str, FACTORS))})",
+    )
+    sweep.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE,VALUE",
+        help="further fields to be varied, each with its values, such as r=4,8,16",
+    )
+
+
+def varied_fields(options: argparse.Namespace) -> dict[str, list[FieldValue]]:
+    """The fields of `--grid`, each with its values."""
+    found: dict[str, list[FieldValue]] = {}
+    for text in options.grid:
+        name, _, values = text.partition("=")
+        each = [f"{name}={value}" for value in values.split(",")]
+        found[name] = [parse_assignment(assignment, "--grid")[1] for assignment in each]
+    return found
+
+
+def sweep_rows(options: argparse.Namespace) -> Iterator[tuple[str, RunConfig, Any]]:
+    """Every row of a sweep: its name, its config without a choice, and a way to other settings.
+
+    Raises:
+        BenchmarkError: there are no validation problems, or not exactly one preset or seed.
+    """
+    if len(options.preset) != 1 or len(options.seeds) != 1:
+        raise BenchmarkError(
+            f"a sweep was given {len(options.preset)} presets and {len(options.seeds)} seeds",
+            expected="It chooses for one preset, with one seed",
+        )
+    preset = Preset.load(options.preset[0])
+    given = {"validation": None, **_overrides(options, preset)}
+    overrides = {**given, "test": None, "seed": options.seeds[0]}
+    train = (overrides.get("train") or preset.run["train"])["path"]
+    own_task = {"path": train, "split": "validation"} if train in TASKS else {}
+    validation = {**(preset.run.get("validation") or own_task), **(overrides["validation"] or {})}
+    if "path" not in validation:
+        raise BenchmarkError(
+            f"the preset {preset.name!r} has no validation problems",
+            expected="A sweep looks at validation problems alone",
+            fix="Give some with --validation",
+        )
+    overrides["validation"] = validation
+    fields = dict(parse_assignment(text, "--set") for text in options.set)
+    for row in _rows(options, preset):
+        if row == "base":
+            continue
+        own = {} if row.partition("@")[0] in SPECIAL_ROWS else fields
+
+        def at(
+            lr: float, varied: dict[str, FieldValue], row: str = row, own: Any = own
+        ) -> RunConfig:
+            return resolve(preset, row, {**own, **varied}, **{**overrides, "lr": lr})
+
+        yield row, resolve(preset, row, own, **overrides), at
+
+
 def plan(options: argparse.Namespace) -> list[RunConfig]:
     """Every run that the options ask for, each once: a preset after the other, its base first."""
     runs: dict[str, RunConfig] = {}
@@ -116,13 +191,25 @@ def plan(options: argparse.Namespace) -> list[RunConfig]:
 def _plan_preset(options: argparse.Namespace, preset: Preset) -> Iterator[RunConfig]:
     overrides = _overrides(options, preset)
     fields = dict(parse_assignment(text, "--set") for text in options.set)
+    choices = load_choices(options.settings) if options.settings else {}
     for row in _rows(options, preset):
         variant, _, own_arm = row.partition("@")
         row_fields = None if variant in SPECIAL_ROWS else fields
+        choice = choices.get(row)
+        if choice is not None:
+            row_fields = {**(row_fields or {}), **choice.chosen.fields} or None
+        chosen = _chosen(choice)
         for arm in preset.arms:
             name = f"{row}@{arm}" if arm and not own_arm else row
             for seed in options.seeds:
-                yield resolve(preset, name, row_fields, **overrides, seed=seed)
+                yield resolve(preset, name, row_fields, **{**overrides, **chosen}, seed=seed)
+
+
+def _chosen(choice: Choice | None) -> dict[str, Any]:
+    """The settings of a run that a sweep has chosen."""
+    if choice is None:
+        return {}
+    return {"lr": choice.chosen.lr, "trials": len(choice.trials)}
 
 
 def _rows(options: argparse.Namespace, preset: Preset) -> list[str]:

@@ -56,13 +56,14 @@ def save_plot(groups: Sequence[Group], path: Path) -> None:
     for axes, group in zip(panels, drawn, strict=True):
         _draw_accuracy(axes, group)
         model = Path(group.rows[0].config.model).name
-        axes.set_title(f"{model}: accuracy ± one standard error", fontsize=10)
+        what = "accuracy" if group.generates else "loss"
+        axes.set_title(f"{model}: {what} ± one standard error", fontsize=10)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def accuracy_svg(group: Group) -> str:
-    """Accuracy against trainable parameters, each row with one standard error."""
+    """Accuracy, or the loss, against trainable parameters, each row with one standard error."""
     return _svg(group, _draw_accuracy)
 
 
@@ -120,13 +121,16 @@ def _inline(figure: Any) -> str:
 
 def _draw_accuracy(axes: Any, group: Group) -> None:
     for row, color in _coloured(group):
-        percent, error = (100 * number for number in row.judged.accuracy)
+        if group.generates:
+            value, error = (100 * number for number in row.judged.accuracy)
+        else:
+            value, error = row.judged.loss
         if row.is_base:
-            axes.axhline(percent, color="0.5", linestyle="--", linewidth=1, label=_label(row))
+            axes.axhline(value, color="0.5", linestyle="--", linewidth=1, label=_label(row))
         else:
             axes.errorbar(
                 row.measured("parameters"),
-                percent,
+                value,
                 error,
                 marker="o",
                 capsize=3,
@@ -137,7 +141,8 @@ def _draw_accuracy(axes: Any, group: Group) -> None:
     _plain_ticks(axes.xaxis)
     axes.margins(x=0.1)
     axes.set_xlabel("trainable parameters")
-    axes.set_ylabel("test %" if group.rows[-1].test else "valid %")
+    split = "test" if group.rows[-1].test else "valid"
+    axes.set_ylabel(f"{split} %" if group.generates else f"{split} loss, nats per answer token")
     axes.grid(alpha=0.3)
 
 

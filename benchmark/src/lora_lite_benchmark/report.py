@@ -42,7 +42,9 @@ def pictures(group: Group) -> list[Picture]:
     if all(row.is_base for row in group.rows):
         return [costs]
     accuracy = Picture(
-        "Accuracy against trainable parameters, ± one standard error.", Markup(accuracy_svg(group))
+        f"{'Accuracy' if group.generates else 'Test loss'} against trainable parameters, ± one "
+        "standard error.",
+        Markup(accuracy_svg(group)),
     )
     curves = Picture(
         "Training loss, mean over the seeds and over a fortieth of the run.",
@@ -52,7 +54,9 @@ def pictures(group: Group) -> list[Picture]:
 
 
 def examples(row: Row) -> list[Outcome]:
-    """The first right and the first wrong answers of the row's first run."""
+    """The first right and the first wrong answers of the row's first run, if it has answered."""
+    if not row.config.generates:
+        return []
     outcomes = row.runs[0].judged.outcomes
     right = [outcome for outcome in outcomes if outcome.correct]
     wrong = [outcome for outcome in outcomes if not outcome.correct]

@@ -18,7 +18,16 @@ REFERENCE = "lora"
 """The row that the others are compared with: on the same questions, on the same kind of base, and
 with the same seeds."""
 
-COMPARABLE = {"model", "model_sha256", "revision", "dtype", "prompt", "test", "validation"}
+COMPARABLE = {
+    "model",
+    "model_sha256",
+    "revision",
+    "dtype",
+    "prompt",
+    "test",
+    "validation",
+    "max_new_tokens",
+}
 """The settings that rows must share to be compared."""
 
 
@@ -82,6 +91,11 @@ class Group:
     """
 
     rows: tuple[Row, ...]
+
+    @property
+    def generates(self) -> bool:
+        """Whether its rows have answered, so that there is an accuracy."""
+        return self.rows[0].config.generates
 
     def reference(self, row: Row) -> Row | None:
         """The row to compare `row` with; None for the reference itself, or if it is absent."""

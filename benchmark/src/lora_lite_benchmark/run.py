@@ -174,7 +174,7 @@ def _calibration_batches(setup: Setup) -> Iterator[dict[str, Tensor]]:
     rows = [setup.examples[row] for row in order[: config.calibration_rows]]
     for start in range(0, len(rows), config.batch_size):
         batch = collate(rows[start : start + config.batch_size], setup.pad)
-        yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        yield batch._asdict()
 
 
 def _check(setup: Setup, adapter: AnyAdapter) -> None:

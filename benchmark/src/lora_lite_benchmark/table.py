@@ -92,6 +92,7 @@ COLUMNS = (
     Column("r", ("r",), str),
     Column("lr", ("lr",), "{:g}".format),
     Column("steps", ("steps",), "{:,}".format),
+    Column("trials", ("trials",), str),
     Column("test %", ("test_accuracy", "test_accuracy_error"), _percent),
     Column("valid %", ("validation_accuracy", "validation_accuracy_error"), _percent),
     Column("test loss", ("test_loss",), "{:.4f}".format),
@@ -281,6 +282,8 @@ def _compared(group: Group) -> list[str]:
     sentences.append(
         f"{INSEPARABLE} marks a difference that the questions do not separate from none."
     )
+    if not group.generates:
+        return sentences
     pairs = separated_by_loss_alone(group)
     if not pairs:
         sentences.append("The loss separates no pair of rows that the accuracy leaves open.")

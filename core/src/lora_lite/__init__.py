@@ -41,6 +41,7 @@ from lora_lite.errors import (
     TargetError,
     UnknownVariantError,
 )
+from lora_lite.hub import push_to_hub
 from lora_lite.placements import Plan, plan
 from lora_lite.plugins import VariantInfo, variants
 from lora_lite.training import param_groups, restore_all, save_all
@@ -70,6 +71,7 @@ __all__ = [
     "load",
     "param_groups",
     "plan",
+    "push_to_hub",
     "restore_all",
     "save",
     "save_all",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lite import after_step
 from lora_lite.adapter_state import overwrite_tensors, saved_tensors
 from lora_lite.adapter_text import adapter_text
 from lora_lite.arguments import finite_scale, flag
@@ -17,7 +18,7 @@ from lora_lite.change import LayerChange, changes_at
 from lora_lite.errors import AdapterError
 from lora_lite.fileformat import FilePath
 from lora_lite.groups import Groups, Rates, parameter_groups
-from lora_lite.layers import overwrite, whole
+from lora_lite.layers import whole
 from lora_lite.lost import refuse_lost_layers
 from lora_lite.low_rank import LowRank, low_rank
 from lora_lite.merged import MergedLayer, merged_layer
@@ -108,23 +109,20 @@ class Adapter:
 
     def project(self) -> None:
         """Bring the parameters back into the variant's allowed set, now. See `project_after`."""
-        with torch.no_grad():
-            for attachment, site, t in self._each():
-                values = {name: whole(tensor) for name, tensor in t.items()}
-                with calling(attachment.variant, "project", site.path):
-                    attachment.methods.project(site, values)
-                for name, tensor in t.items():
-                    if values[name] is not tensor:  # it is sharded
-                        overwrite(tensor, values[name])
+        after_step.project(self)
 
     def project_after(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call `project` after every step of `optimizer`; `remove()` of the handle ends that."""
-        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        return inner.register_step_post_hook(self._project_if_attached)
+        """After every step of `optimizer`, do what the method asks for; `remove()` ends that.
 
-    def _project_if_attached(self, *_: Any) -> None:
+        That is to call `project`, and for methods with a schedule to count the step (`advance`).
+        """
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return inner.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
         if self._state.attachments:
-            self.project()
+            after_step.advance(self)
+            after_step.project(self)
 
     def penalty(self) -> Tensor:
         """The sum of the variant's penalties in all layers: a scalar to be added to the loss.

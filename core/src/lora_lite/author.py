@@ -18,10 +18,11 @@ from lora_lite.layers import LayerKind
 from lora_lite.linalg import check_rank, row_signs, top_r_svd
 from lora_lite.lora_form import lora_scale, uniform_start
 from lora_lite.site import Site
-from lora_lite.tensor_spec import TensorSpec
+from lora_lite.tensor_spec import CLOCK, TensorSpec
 from lora_lite.variant import GradientObserver, Observer, Rng, ScaledVariant, Tensors, Variant
 
 __all__ = [
+    "CLOCK",
     "Base",
     "CalibrationError",
     "DropoutRate",

@@ -15,8 +15,8 @@ from torch import Tensor
 from lora_lite.errors import VariantContractError
 from lora_lite.per_expert import PerExpert, variant_of
 from lora_lite.site import Site
-from lora_lite.tensor_spec import TensorSpec
-from lora_lite.variant import Variant
+from lora_lite.tensor_spec import CLOCK, TensorSpec
+from lora_lite.variant import Variant, overrides
 
 # What a misspelt name, a wrong argument or an assignment to a frozen variant raises.
 MISTAKES = (AttributeError, KeyError, NameError, NotImplementedError, TypeError, ValidationError)
@@ -92,6 +92,14 @@ def checked_specs(methods: Variant | PerExpert, site: Site) -> dict[str, TensorS
                 site.path,
                 f"A tensor's name is a Python identifier other than {RESERVED!r}",
             )
+    if overrides(type(variant), "advance") and specs.get("step") != CLOCK:
+        raise contract_error(
+            variant,
+            "tensors",
+            f"declares the tensor 'step' as {specs.get('step')}",
+            site.path,
+            "A variant with `advance` declares {'step': lora_lite.author.CLOCK}",
+        )
     return specs
 
 

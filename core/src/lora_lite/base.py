@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from lora_lite.errors import LayerKindError
+from lora_lite.experts import expert_stacks
 from lora_lite.fileformat import FilePath
 from lora_lite.layers import class_name
 from lora_lite.missing import refuse_missing
-from lora_lite.modules import named_modules
+from lora_lite.modules import layer_modules, named_modules
 from lora_lite.placements import _layer_spec
 from lora_lite.plugins import kind_of
 from lora_lite.rename import Renaming, new_paths
@@ -31,12 +32,12 @@ class Base:
         self.root = root
         self._path = path
         self._rename = rename
-        self._modules = dict(named_modules(root))
+        self._modules = layer_modules(root)
 
     @property
     def paths(self) -> list[str]:
         """The paths of all modules of the model."""
-        return list(self._modules)
+        return [path for path, _ in named_modules(self.root)]
 
     def sites(self, paths: Iterable[str]) -> dict[str, Site]:
         """The layers at some paths of the file, by these paths.
@@ -50,12 +51,22 @@ class Base:
         return {path: self._site(place) for path, place in own.items()}
 
     def module(self, path: str) -> nn.Module:
-        """The layer itself at a path of the file, which is in the model."""
-        return self._modules[new_paths(self._path, [path], self._rename)[path]]
+        """The layer itself at a path of the file, which is in the model.
+
+        The path of a parameter that holds experts gives the module that it is a parameter of.
+
+        Raises:
+            AdapterFileError: the model does not have it.
+        """
+        own = new_paths(self._path, [path], self._rename)
+        refuse_missing(self._path, self.root, list(own.values()), self._modules)
+        return self._modules[own[path]]
 
     def _site(self, place: str) -> Site:
         module = self._modules[place]
-        kind = kind_of(module)
+        holder, _, name = place.rpartition(".")
+        stacks = expert_stacks(module) if self._modules.get(holder) is module else {}
+        kind = stacks.get(name) or kind_of(module)
         if kind is None:
             raise LayerKindError(
                 f"{self._path} adapts {place}, a {class_name(module)}",

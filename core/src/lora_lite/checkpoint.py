@@ -20,6 +20,7 @@ from lora_lite.fileformat import FilePath, dtypes_of, read
 from lora_lite.fingerprint import changed, probe_agrees
 from lora_lite.foreign import is_own_file
 from lora_lite.format_plugins import format_of
+from lora_lite.hub import local_path
 from lora_lite.loading import first_of_each_class, load_foreign, own_values, placed, put_on
 from lora_lite.metadata import Configuration, Metadata
 from lora_lite.modules import root_of
@@ -76,7 +77,8 @@ def load(
     Args:
         model: the base.
         path: of the file; or a path that an installed format recognises, which takes name=, dtype=
-            and rename= alone.
+            and rename= alone; or, where nothing is at the path, an id on the Hugging Face hub:
+            "user/name" or "user/name@revision".
         name: under which to attach the adapter.
         variant: the class to use, or several, if they are not installed as plugins (written in a
             notebook, say).
@@ -100,6 +102,7 @@ def load(
     adapter_name(name)
     dtype = None if dtype is None else trainable_dtype(dtype)
     flag(check_base, "check_base")
+    path = local_path(path)
     is_foreign = _is_of_another_format(path)
     other = format_of(Path(path)) if is_foreign else None
     if other is not None:

@@ -64,3 +64,8 @@ class TensorSpec:
                 expected="It is a Python identifier, such as 'bank'; '' keeps a tensor for each "
                 "layer",
             )
+
+
+CLOCK = TensorSpec((1,), trainable=False, dtype=torch.int64, shared="step")
+"""How many steps of the optimizer an adapter has seen: the tensor "step" of a variant that has
+`advance`. `init` starts it at 0, and the core counts."""

@@ -8,8 +8,8 @@ are called in the order in which an adapter lives:
     forward delta  prepare, delta_input, delta_output      x' = x + s Δx,   y' = (W x' + b) + s Δy
     state dict     state_dict, load_state_dict
 
-Every method but `project` is pure: it reads its arguments and returns tensors. The core places,
-names, casts, registers and saves them, and never writes a base weight.
+Every method but `project` and `advance` is pure: it reads its arguments and returns tensors. The
+core places, names, casts, registers and saves them, and never writes a base weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -168,6 +168,18 @@ class Variant(BaseModel, metaclass=VariantMeta):
 
     def project(self, site: Site, t: Tensors) -> None:
         """Bring the parameters back into the allowed set, in place, after an optimizer step."""
+
+    def advance(self, sites: Mapping[str, Site], t: Mapping[str, Tensors], step: int) -> None:
+        """Change the tensors of all layers together, in place, after an optimizer step.
+
+        For methods that follow a schedule, or share a budget among layers. Before `project`.
+
+        Args:
+            sites: the layers of this very variant, by path.
+            t: their stored tensors; `t[path][name].grad` is the gradient of this step, or None.
+            step: its number, from 1. It is kept in the tensor "step", which `tensors` must declare
+                as `CLOCK`, so that a run that is resumed goes on counting.
+        """
 
     def penalty(self, site: Site, t: Tensors) -> Tensor | None:
         """A scalar to be added to the loss, or None."""

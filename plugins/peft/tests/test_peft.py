@@ -429,21 +429,20 @@ def test_settings_that_would_be_silently_wrong(
     refused(tiny_llama(), folder, untouched, f"(?s){reason}")
 
 
-def test_biases_that_were_trained_beside_the_adapter(
+def test_biases_as_in_the_base_say_nothing(
     tiny_llama: Make, tmp_path: Path, untouched: Guard
 ) -> None:
-    """Biases other than the base's are refused by name; the base's own say nothing."""
+    """Biases like the base's are passed over; trained ones beside DoRA are refused by name."""
 
     def make() -> nn.Module:
         return tiny_llama(attention_bias=True)
 
     for bias in ("all", "lora_only"):
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias=bias)
-        saved_by_peft(make, tmp_path / bias, config)
-        reason = "q_proj.bias: a bias of the base"
-        refused(make(), tmp_path / bias, untouched, f"(?s)no place for.*{reason}")
-        saved_by_peft(make, tmp_path / bias, config, noise=0.0)
-        ll.load(make(), tmp_path / bias)
+        options = {"r": 2, "target_modules": ["q_proj"], "bias": bias}
+        saved_by_peft(make, tmp_path / bias, peft.LoraConfig(**options), noise=0.0)
+        assert ll.load(make(), tmp_path / bias).variant.name == "lora"
+        saved_by_peft(make, tmp_path / f"{bias} dora", peft.LoraConfig(**options, use_dora=True))
+        refused(make(), tmp_path / f"{bias} dora", untouched, "q_proj has DoRA and a bias")
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "norm", "input_layernorm", "o_proj", "embed_tokens"])

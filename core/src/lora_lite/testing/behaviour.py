@@ -31,6 +31,8 @@ def fields_read(case: Case, stage: str) -> set[str]:
     with inside.attributes_read(type(variant)) as seen:
         if stage == "start":
             _call_the_start(variant, case.sites(model)[path], case)
+        elif stage == "schedule":
+            _call_the_schedule(variant, case.sites(model)[path], model.get_submodule(path))
         else:
             _call_the_forward(variant, case.sites(model)[path], model.get_submodule(path), case)
         return set(seen)
@@ -64,6 +66,13 @@ def _call_the_forward(variant: Variant, site: Site, layer: nn.Module, case: Case
         variant.project(site, dict(values))
 
 
+@torch.no_grad()
+def _call_the_schedule(variant: Variant, site: Site, layer: nn.Module) -> None:
+    """What follows the number of the step, at its beginning and beyond its end."""
+    for step in (1, inside.LATE):
+        variant.advance({site.path: site}, {site.path: inside.stored(layer)}, step)
+
+
 def _observations(case: Case) -> Iterator[Any]:
     """From cheap to expensive, so that most differences are found at once."""
     placements = case.plan().placements
@@ -78,6 +87,8 @@ def _observations(case: Case) -> Iterator[Any]:
         return
     yield list(adapter.sites)
     yield _bits(adapter.state_dict().values())
+    if inside.has(case.variant, "advance"):
+        yield from _after_steps(model, adapter, x)
     for amount in (0.1, FAR):
         with torch.no_grad():
             move(adapter, amount, case.seed)
@@ -86,6 +97,20 @@ def _observations(case: Case) -> Iterator[Any]:
         for training in (False, True):
             torch.manual_seed(0)
             yield _outputs_and_gradients(model.train(training), adapter, x)
+
+
+def _after_steps(
+    model: nn.Module, adapter: ll.Adapter, x: Tensor, steps: int = 6
+) -> Iterator[list[bytes]]:
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-2)
+    handle = adapter.project_after(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(model(x).float().square().mean())
+        optimizer.step()
+        yield _bits(adapter.state_dict().values())
+    handle.remove()
+    optimizer.zero_grad()
 
 
 def _outputs_and_gradients(model: nn.Module, adapter: ll.Adapter, x: Tensor) -> list[bytes]:

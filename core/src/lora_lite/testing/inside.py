@@ -30,6 +30,9 @@ from lora_lite.shared import name_on_root
 # layer of an adapter, so that a state dict of other fields is refused.
 DIGEST = "fields"
 
+# A step beyond the end of any schedule.
+LATE = 10**9
+
 
 def attribute(adapter: str, tensor: str) -> str:
     """The name of an adapter's tensor on its layer."""

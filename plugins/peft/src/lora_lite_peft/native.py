@@ -2,6 +2,7 @@
 
     here                              PEFT
     lora, eva: A, B                   LORA: lora_A, lora_B
+    lora_bias: A, B, c                LORA with lora_bias: lora_B.bias
     dora: A, B, m = n₀ + dm           LORA with use_dora: lora_magnitude_vector = m
     ia3, ia3_ff: e                    IA3: ia3_l = 1 + e
     hra: U (r, d_in)                  HRA: hra_u = Uᵀ
@@ -16,30 +17,45 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from lora_lite import Adapter, AdapterError
+from lora_lite import AdapterError
 from lora_lite.author import Base
 from torch import Tensor
 
 from lora_lite_peft.config import common
 from lora_lite_peft.files import PREFIX, Folder
+from lora_lite_peft.parts import Part
 from lora_lite_peft.plain_lora import (
     LORA_LIKE,
     is_transposed,
     lora_config,
+    lora_tensors,
     own_factors,
     plain_folder,
 )
 
-Writer = Callable[[Adapter, Base], Folder]
+Writer = Callable[[Part, Base], Folder]
 
 
-def native_folder(adapter: Adapter, base: Base) -> Folder:
+def native_folder(adapter: Part, base: Base) -> Folder:
     """An adapter as PEFT's own type.
 
     Raises:
         AdapterError: its layers need several types, or it has values that the type does not allow.
     """
-    names = {variant.name for variant in adapter.sites.values()}
+    names = adapter.names
+    if all(map(adapter.is_linear, adapter.sites)):
+        return _of_linear_layers(adapter, base, names)
+    if names <= set(LORA_LIKE):
+        return plain_folder(adapter, base, None)
+    raise AdapterError(
+        "PEFT adapts embeddings and experts by LoRA alone, and the adapter has "
+        f"{', '.join(sorted(names))}",
+        fix="Leave native=True out",
+        adapter=adapter.name,
+    )
+
+
+def _of_linear_layers(adapter: Part, base: Base, names: set[str]) -> Folder:
     for theirs, writer in WRITERS.items():
         if names <= set(theirs):
             return writer(adapter, base)
@@ -53,17 +69,14 @@ def native_folder(adapter: Adapter, base: Base) -> Folder:
     return plain_folder(adapter, base, None)
 
 
-def _lora(adapter: Adapter, base: Base) -> Folder:
+def _lora(adapter: Part, base: Base) -> Folder:
     factors = own_factors(adapter)
     config = _lora_config(adapter, base)
-    tensors: dict[str, Tensor] = {}
-    for path, each in factors.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = each.A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = each.B
-    return Folder(config, tensors)
+    has_bias = any(each.offset is not None for each in factors.values())
+    return Folder({**config, "lora_bias": has_bias}, lora_tensors(adapter, factors))
 
 
-def _dora(adapter: Adapter, base: Base) -> Folder:
+def _dora(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
     _refuse_scaled(adapter)
     tensors: dict[str, Tensor] = {}
@@ -75,7 +88,7 @@ def _dora(adapter: Adapter, base: Base) -> Folder:
     return Folder({**_lora_config(adapter, base), "use_dora": True}, tensors)
 
 
-def _lora_config(adapter: Adapter, base: Base) -> dict[str, Any]:
+def _lora_config(adapter: Part, base: Base) -> dict[str, Any]:
     """The most frequent rank and alpha, and patterns for the layers that have others."""
     fields: dict[str, Any] = dict(adapter.sites)
     _one_of_each(adapter, "rslora")
@@ -99,7 +112,7 @@ def _exactly(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def _ia3(adapter: Adapter, base: Base) -> Folder:
+def _ia3(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
     tensors: dict[str, Tensor] = {}
     feed_forward: list[str] = []
@@ -124,7 +137,7 @@ def _ia3(adapter: Adapter, base: Base) -> Folder:
     )
 
 
-def _hra(adapter: Adapter, base: Base) -> Folder:
+def _hra(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
     _refuse_scaled(adapter)
     r = _one_of_each(adapter, "r")
@@ -135,7 +148,7 @@ def _hra(adapter: Adapter, base: Base) -> Folder:
     )
 
 
-def _road(adapter: Adapter, base: Base) -> Folder:
+def _road(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
     _refuse_scaled(adapter)
     sharing, group_size = _one_of_each(adapter, "sharing"), _one_of_each(adapter, "group_size")
@@ -148,7 +161,7 @@ def _road(adapter: Adapter, base: Base) -> Folder:
     return Folder({**common(base, list(adapter.sites)), **config}, tensors)
 
 
-def _delora(adapter: Adapter, base: Base) -> Folder:
+def _delora(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
     if _one_of_each(adapter, "start") != "zero_b":
         return plain_folder(adapter, base, None)
@@ -174,7 +187,7 @@ def _delora(adapter: Adapter, base: Base) -> Folder:
     return Folder({**common(base, list(fields)), **config}, tensors)
 
 
-def _refuse_scaled(adapter: Adapter) -> None:
+def _refuse_scaled(adapter: Part) -> None:
     if adapter.scale != 1:
         raise AdapterError(
             f"adapter {adapter.name!r} has scale {adapter.scale:g}, and PEFT's own type has none",
@@ -183,7 +196,7 @@ def _refuse_scaled(adapter: Adapter) -> None:
         )
 
 
-def _one_of_each(adapter: Adapter, field: str) -> Any:
+def _one_of_each(adapter: Part, field: str) -> Any:
     """The value of a field that must be the same at every layer."""
     values = {getattr(variant, field) for variant in adapter.sites.values()}
     if len(values) > 1:

@@ -8,26 +8,41 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT itsel
 write or to read.
 
 Writing: `plain_lora` for everything of low rank, `native` for PEFT's own types. Reading:
-`read_lora` and `read_others`, by the config's peft_type. What would be silently wrong is refused.
+`read_lora`, `read_others` and `read_dense`, by the config's peft_type. What would be silently wrong
+is refused.
 """
 
 from pathlib import Path
 from typing import ClassVar
 
 from lora_lite import Adapter, AdapterError, AdapterFileError
-from lora_lite.author import Base, ForeignAdapter, Format
+from lora_lite.author import Base, ForeignAdapter, Format, make_variant
 
-from lora_lite_peft.files import CONFIG, TENSORS, folder_of, read_config, read_tensors, write_folder
+from lora_lite_peft import read_dense, read_others
+from lora_lite_peft.files import (
+    CONFIG,
+    TENSORS,
+    Folder,
+    folder_of,
+    read_config,
+    read_tensors,
+    write_folder,
+)
+from lora_lite_peft.leftover import modules_saved
 from lora_lite_peft.native import native_folder
+from lora_lite_peft.parts import parts_of
 from lora_lite_peft.plain_lora import plain_folder
 from lora_lite_peft.read_lora import read_lora
-from lora_lite_peft.read_others import READERS
+from lora_lite_peft.write_beside import beside_folder
+
+READERS = {**read_others.READERS, **read_dense.READERS}
 
 
 class Peft(Format):
     """A folder of Hugging Face PEFT."""
 
     name: ClassVar[str] = "peft"
+    linear_layers_only: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
         """A folder with a config or tensors under PEFT's names, or one of these two files."""
@@ -67,9 +82,11 @@ class Peft(Format):
                 fix="Leave one of them out",
                 adapter=adapter.name,
             )
-        write_folder(
-            path, native_folder(adapter, base) if native else plain_folder(adapter, base, rank)
-        )
+        layers, others = parts_of(adapter)
+        beside = beside_folder(others, base)
+        folder = native_folder(layers, base) if native else plain_folder(layers, base, rank)
+        config = {**folder.config, **beside.config}
+        write_folder(path, Folder(config, {**folder.tensors, **beside.tensors}))
 
     def read(self, path: Path, base: Base) -> ForeignAdapter:
         """Read a folder, or refuse it by name. See `Format.read`."""
@@ -85,4 +102,7 @@ class Peft(Format):
         tensors = read_tensors(folder)
         if kind == "LORA":
             return read_lora(folder, config, tensors, base)
-        return READERS[kind](folder, config, tensors, base)
+        saved, tensors = modules_saved(config.get("modules_to_save") or (), tensors, base)
+        found = READERS[kind](folder, config, tensors, base)
+        full = {path: make_variant("full", {}) for path in saved}
+        return ForeignAdapter({**found.variants, **full}, {**found.tensors, **saved})

@@ -3,13 +3,15 @@
     lora_A, lora_B                    A (r, d_in), B (d_out, r)
     lora_embedding_A, _B              likewise, of an embedding: A (r, tokens)
     lora_magnitude_vector             m = n₀ + dm, n₀ the row norms of this base
+    lora_B.bias, or a trained bias    c of `lora_bias`
     weight, bias of modules_to_save   the variant `full`
+    target_parameters                 `lora` on the experts of a mixture: see `read_experts`
+    other biases, rows of tokens      see `beside`
 
 Refused by name is what would load and be silently wrong:
 
 - Adapters whose start rewrote the base (PiSSA, OLoRA, CorDA, LoftQ, …): they belong to that other
   base. Only starts that are known to leave it alone are read.
-- Biases of adapted layers that were trained beside the adapter, unless they are those of this base.
 - Whatever tensors are left over.
 """
 
@@ -20,15 +22,20 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lora_lite import AdapterFileError
-from lora_lite.author import Base, ForeignAdapter, Site, Variant, make_variant
+from lora_lite.author import Base, ForeignAdapter, Site, Variant, lora_scale, make_variant
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from lora_lite_peft.beside import trained_beside
 from lora_lite_peft.config import Settings, read_settings
 from lora_lite_peft.leftover import modules_saved, refuse_leftover
 from lora_lite_peft.plain_lora import is_transposed
+from lora_lite_peft.read_experts import split_experts
+from lora_lite_peft.reading import pattern
 
-PARTS = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+PARTS = re.compile(
+    r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)"
+)
 EMBEDDED = re.compile(r"(.+)\.lora_embedding_([AB])")
 # Starts that leave the base as it is. True and False are PEFT's own two.
 STARTS = (True, False, "gaussian")
@@ -53,6 +60,8 @@ class LoraSettings(Settings):
     rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, float] = {}
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: str | tuple[str, ...] = ()
+    trainable_token_indices: list[int] | dict[str, list[int]] = []
 
 
 def read_lora(
@@ -77,16 +86,25 @@ def read_lora(
             layers.setdefault(embedded[1], {})[f"lora_{embedded[2]}"] = tensor
         else:
             rest[name] = tensor
+    experts, layers = split_experts(folder, config, layers, base)
     _refuse_incomplete(folder, settings, layers)
     saved, rest = modules_saved(settings.modules_to_save, rest, base)
-    refuse_leftover(folder, rest, base)
+    beside = trained_beside(folder, config, rest, layers, base)
+    refuse_leftover(folder, beside.rest, base)
+    layers = {**layers, **experts}
     sites = base.sites(layers)
-    linear = [path for path in layers if not sites[path].reads_ids]
+    linear = [path for path in layers if path not in experts and not sites[path].reads_ids]
     _refuse_transposed(folder, settings, base, linear)
-    variants = {path: _variant(folder, settings, path, layers[path]) for path in layers}
-    found = {path: _tensors(sites[path], variants[path], layers[path]) for path in layers}
+    variants: dict[str, Variant] = {}
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for path, parts in layers.items():
+        site, bias = sites[path], beside.biases.get(path)
+        variants[path] = _variant(folder, settings, path, parts, bias is not None)
+        found[path] = _tensors(site, variants[path], parts, bias)
     full = {path: make_variant("full", {}) for path in saved}
-    return ForeignAdapter({**variants, **full}, {**found, **saved})
+    return ForeignAdapter(
+        {**variants, **full, **beside.variants}, {**found, **saved, **beside.tensors}
+    )
 
 
 def _refuse_other_base(folder: Path, settings: LoraSettings) -> None:
@@ -106,7 +124,9 @@ def _refuse_incomplete(
     folder: Path, settings: LoraSettings, layers: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """An error for layers that lack one of their tensors, or have another rank than they should."""
-    needed = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if settings.use_dora else [])]
+    needed = ["lora_A", "lora_B"]
+    needed += ["lora_magnitude_vector"] if settings.use_dora else []
+    needed += ["lora_B.bias"] if settings.lora_bias else []
     wrong: list[str] = []
     for path, parts in layers.items():
         missing = [part for part in needed if part not in parts]
@@ -114,11 +134,12 @@ def _refuse_incomplete(
         if missing:
             wrong.append(f"{path}: without {', '.join(missing)}")
         elif extra:
-            wrong.append(f"{path}: {', '.join(extra)}, though the config has no use_dora")
+            option = "lora_bias" if extra == ["lora_B.bias"] else "use_dora"
+            wrong.append(f"{path}: {', '.join(extra)}, though the config has no {option}")
         elif parts["lora_A"].ndim != 2 or parts["lora_B"].ndim != 2:
             wrong.append(f"{path}: a convolution's; adapters go to linear layers here")
         else:
-            rank = _pattern(settings.rank_pattern, path, settings.r)
+            rank = pattern(settings.rank_pattern, path, settings.r)
             if len(parts["lora_A"]) != rank:
                 wrong.append(f"{path}: rank {len(parts['lora_A'])}, and the config says {rank}")
     if wrong:
@@ -144,23 +165,22 @@ def _refuse_transposed(folder: Path, settings: LoraSettings, base: Base, paths: 
         )
 
 
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """What PEFT takes for a layer: of the first pattern found at the end of its path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
-
-
 def _variant(
-    folder: Path, settings: LoraSettings, path: str, parts: Mapping[str, Tensor]
+    folder: Path, settings: LoraSettings, path: str, parts: Mapping[str, Tensor], has_bias: bool
 ) -> Variant:
+    name = "lora_bias" if has_bias or settings.lora_bias else "lora"
+    if settings.use_dora and name == "lora_bias":
+        raise AdapterFileError(
+            f"{folder}: {path} has DoRA and a bias of its own",
+            expected="dora here has no place for a bias",
+            path=str(folder),
+        )
     try:
         return make_variant(
-            "dora" if settings.use_dora else "lora",
+            "dora" if settings.use_dora else name,
             {
-                "r": len(parts["lora_A"]),
-                "alpha": float(_pattern(settings.alpha_pattern, path, settings.lora_alpha)),
+                "r": parts["lora_A"].shape[-2],
+                "alpha": float(pattern(settings.alpha_pattern, path, settings.lora_alpha)),
                 "rslora": settings.use_rslora,
                 "dropout": settings.lora_dropout,
             },
@@ -170,8 +190,12 @@ def _variant(
 
 
 @torch.no_grad()
-def _tensors(site: Site, variant: Variant, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(
+    site: Site, variant: Any, parts: Mapping[str, Tensor], bias: Tensor | None
+) -> dict[str, Tensor]:
     tensors = {"A": parts["lora_A"], "B": parts["lora_B"]}
+    if variant.name == "lora_bias":
+        tensors["c"] = _offset(site, variant, parts.get("lora_B.bias"), bias)
     if "lora_magnitude_vector" in parts:
         n0 = variant.derive(site)["n0"]
         magnitude = parts["lora_magnitude_vector"]
@@ -182,3 +206,21 @@ def _tensors(site: Site, variant: Variant, parts: Mapping[str, Tensor]) -> dict[
         else:
             tensors["dm"] = magnitude
     return tensors
+
+
+def _offset(site: Site, variant: Any, own: Tensor | None, trained: Tensor | None) -> Tensor:
+    """c: the bias of the adapter's own, and what training has added to the layer's, less its scale.
+
+    Args:
+        site: the layer.
+        variant: `lora_bias`.
+        own: `lora_B.bias`.
+        trained: the layer's bias after training.
+    """
+    if trained is None:
+        assert own is not None
+        return own
+    scale = lora_scale(variant.alpha, variant.r, rslora=variant.rslora)
+    change = (trained.double() - site.bias().double().to(trained.device)) / scale
+    precise = torch.promote_types(trained.dtype, torch.float32)
+    return change.to(precise) if own is None else (change + own.double()).to(precise)

@@ -1,7 +1,11 @@
-"""Reading PEFT's IA3, HRA, RoAd and DeLoRA. `native` has the table of what their tensors are."""
+"""Reading PEFT's IA3, HRA, RoAd, DeLoRA, LayerNorm tuning and trainable tokens.
+
+`native` has the table of what the tensors of the first four are. The last two are `full` and
+`tokens`, which have what PEFT has: the new parameters themselves.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +15,10 @@ from lora_lite.author import Base, ForeignAdapter, Variant, make_variant
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from lora_lite_peft.beside import trained_beside
 from lora_lite_peft.config import Settings, read_settings
 from lora_lite_peft.leftover import refuse_leftover
-
-Layers = dict[str, dict[str, Tensor]]
-Reader = Callable[[Path, Mapping[str, Any], Mapping[str, Tensor], Base], ForeignAdapter]
+from lora_lite_peft.reading import Layers, Reader, layers_of, less_one, made, refuse_dropout
 
 
 class IA3Settings(Settings):
@@ -63,7 +66,7 @@ def read_ia3(
     settings = read_settings(IA3Settings, folder, config)
     variants: dict[str, Variant] = {}
     gates: Layers = {}
-    for path, parts in _layers(folder, tensors, base, ("ia3_l",)).items():
+    for path, parts in layers_of(folder, tensors, base, ("ia3_l",)).items():
         gate = parts["ia3_l"]
         is_feed_forward = _is_feed_forward(settings.feedforward_modules, path)
         if gate.ndim != 2 or gate.shape[0 if is_feed_forward else 1] != 1:
@@ -75,7 +78,7 @@ def read_ia3(
                 tensors=(f"{path}.ia3_l",),
             )
         variants[path] = make_variant("ia3_ff" if is_feed_forward else "ia3", {})
-        gates[path] = {"e": _less_one(gate.flatten())}
+        gates[path] = {"e": less_one(gate.flatten())}
     return ForeignAdapter(variants, gates)
 
 
@@ -91,11 +94,11 @@ def read_hra(
     read_settings(HRASettings, folder, config)  # apply_GS, if set, is not understood
     variants: dict[str, Variant] = {}
     rows: Layers = {}
-    for path, parts in _layers(folder, tensors, base, ("hra_u",)).items():
+    for path, parts in layers_of(folder, tensors, base, ("hra_u",)).items():
         u = parts["hra_u"].T
         if len(u) % 2:
             u = torch.cat([u, torch.zeros_like(u[:1])])  # a row of zeros reflects nothing
-        variants[path] = _made(folder, path, "hra", {"r": len(u)})
+        variants[path] = made(folder, path, "hra", {"r": len(u)})
         rows[path] = {"U": u}
     return ForeignAdapter(variants, rows)
 
@@ -105,11 +108,11 @@ def read_road(
 ) -> ForeignAdapter:
     settings = read_settings(RoadSettings, folder, config)
     fields = {"sharing": settings.variant, "group_size": settings.group_size}
-    layers = _layers(folder, tensors, base, ("road_theta", "road_alpha"))
+    layers = layers_of(folder, tensors, base, ("road_theta", "road_alpha"))
     return ForeignAdapter(
-        {path: _made(folder, path, "road", fields) for path in layers},
+        {path: made(folder, path, "road", fields) for path in layers},
         {
-            path: {"theta": parts["road_theta"], "alpha_offset": _less_one(parts["road_alpha"])}
+            path: {"theta": parts["road_theta"], "alpha_offset": less_one(parts["road_alpha"])}
             for path, parts in layers.items()
         },
     )
@@ -119,19 +122,14 @@ def read_delora(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base
 ) -> ForeignAdapter:
     settings = read_settings(DeloraSettings, folder, config)
-    if settings.module_dropout:
-        raise AdapterFileError(
-            f"{folder} has module_dropout={settings.module_dropout}, which delora here has not",
-            fix="Set it to 0 in the config to use the adapter as it is in eval mode",
-            path=str(folder),
-        )
+    refuse_dropout(folder, module_dropout=settings.module_dropout)
     parts = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     variants: dict[str, Variant] = {}
     found: Layers = {}
-    for path, given in _layers(folder, tensors, base, parts).items():
+    for path, given in layers_of(folder, tensors, base, parts).items():
         a, b, strength, w = (given[part] for part in parts)
         start = settings.delora_lambda
-        variants[path] = _made(
+        variants[path] = made(
             folder, path, "delora", {"r": len(a), "strength": start, "start": "zero_b"}
         )
         offset = (strength.double() - start).to(strength.dtype)
@@ -139,60 +137,44 @@ def read_delora(
     return ForeignAdapter(variants, found)
 
 
+def read_ln_tuning(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base
+) -> ForeignAdapter:
+    read_settings(Settings, folder, config)
+    found: Layers = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        path, middle, parameter = name.partition(".ln_tuning_layers.")
+        if middle:
+            found.setdefault(path, {})[parameter] = tensor
+        else:
+            rest[name] = tensor
+    refuse_leftover(folder, rest, base)
+    return ForeignAdapter({path: make_variant("full", {}) for path in found}, found)
+
+
+class TokensSettings(Settings):
+    """PEFT's TrainableTokensConfig."""
+
+    ignored: frozenset[str] = frozenset({"init_weights"})
+
+    token_indices: list[int] = []
+
+
+def read_tokens(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base
+) -> ForeignAdapter:
+    read_settings(TokensSettings, folder, config)
+    beside = trained_beside(folder, config, tensors, {}, base)
+    refuse_leftover(folder, beside.rest, base)
+    return ForeignAdapter(beside.variants, beside.tensors)
+
+
 READERS: dict[str, Reader] = {
     "IA3": read_ia3,
     "HRA": read_hra,
     "ROAD": read_road,
     "DELORA": read_delora,
+    "LN_TUNING": read_ln_tuning,
+    "TRAINABLE_TOKENS": read_tokens,
 }
-
-
-# --- what they share
-
-
-def _layers(
-    folder: Path, tensors: Mapping[str, Tensor], base: Base, parts: tuple[str, ...]
-) -> Layers:
-    """The tensors of each layer by their last name, for layers that have all of `parts`.
-
-    Raises:
-        AdapterFileError: some are missing or left over, or the model does not have their layers.
-    """
-    layers: Layers = {}
-    rest: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        path, _, part = name.rpartition(".")
-        if part in parts:
-            layers.setdefault(path, {})[part] = tensor
-        else:
-            rest[name] = tensor
-    incomplete = list(_incomplete(layers, parts))
-    if incomplete:
-        raise AdapterFileError(
-            f"{folder}: {len(incomplete)} layers lack some of their tensors",
-            details=incomplete,
-            path=str(folder),
-        )
-    refuse_leftover(folder, rest, base)
-    base.sites(layers)
-    return layers
-
-
-def _incomplete(layers: Layers, parts: tuple[str, ...]) -> Iterator[str]:
-    for path, found in layers.items():
-        missing = [part for part in parts if part not in found]
-        if missing:
-            yield f"{path}: without {', '.join(missing)}"
-
-
-def _made(folder: Path, path: str, name: str, fields: dict[str, Any]) -> Variant:
-    try:
-        return make_variant(name, fields)
-    except ValueError as error:
-        raise AdapterFileError(f"{folder}: {path}: {error}", path=str(folder)) from None
-
-
-def _less_one(tensor: Tensor) -> Tensor:
-    """A factor as its offset from 1, in at least float32, where 1 + offset is the factor again."""
-    precise = torch.promote_types(tensor.dtype, torch.float32)
-    return (tensor.double() - 1).to(precise)

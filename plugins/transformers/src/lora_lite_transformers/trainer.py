@@ -94,7 +94,7 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if optimizer is not self._projects:
             self._projects = optimizer
-            for adapter in _adapters_with(self.model, "project"):
+            for adapter in _adapters_with(self.model, "project", "advance"):
                 adapter.project_after(optimizer)
         return optimizer
 
@@ -179,10 +179,10 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _adapters_with(model: nn.Module, method: str) -> list[ll.Adapter]:
-    """The adapters that have a method of the contract which most variants leave out."""
+def _adapters_with(model: nn.Module, *methods: str) -> list[ll.Adapter]:
+    """The adapters that have one of these methods, which most variants leave out."""
     return [
         adapter
         for adapter in ll.adapters(model).values()
-        if any(overrides(type(variant), method) for variant in adapter.sites.values())
+        if any(overrides(type(v), method) for v in adapter.sites.values() for method in methods)
     ]

@@ -58,8 +58,8 @@ def every_field_changes_something(
 
     A hyperparameter that nothing reads is tuned for nothing. Usually broken by a field that was
     left over, by `dropout` that is never called, or by two branches that compute the same. A field
-    that only the start values read (a way to decompose) may give the same ones, and so may a
-    tolerance of at most 1e-3.
+    that only the start values read (a way to decompose) may give the same ones, a field of a
+    schedule may act after more steps than are tried, and so may a tolerance of at most 1e-3.
     """
     cases = [attempt for attempt in attempts if isinstance(attempt, Case)]
     for field in variant.model_fields:
@@ -70,7 +70,8 @@ def every_field_changes_something(
         forward: set[str] = set().union(*(fields_read(case, "forward") for case, _ in pairs))
         values = [getattr(case.variant, field) for pair in pairs for case in pair]
         numbers = [value for value in values if type(value) in (int, float)]
-        if field in start - forward:
+        schedule: set[str] = set().union(*(fields_read(case, "schedule") for case, _ in pairs))
+        if field in (start | schedule) - forward:
             continue
         if field in forward and all(type(value) is int for value in values):
             continue  # the size of a chunk, say

@@ -124,7 +124,7 @@ def path_is_not_read_in_a_forward(case: Case) -> None:
 @survey(examples=16)
 def every_tensor_is_read(variant: type[Variant], attempts: Sequence[Case | Refusal]) -> None:
     """Every tensor that a variant declares has a use: for some fields and shapes at least,
-    `prepare`, a delta, `penalty`, `project` or a `state_dict` of its own reads it.
+    `prepare`, a delta, `penalty`, `project`, `advance` or a `state_dict` of its own reads it.
 
     A tensor that nothing reads takes up memory, and room in every file. Usually broken by a tensor
     that was left over, or that was meant to be used.
@@ -200,8 +200,12 @@ def _tensors_read(case: Case) -> tuple[set[str], set[str]]:
         seen |= t.seen
     t = inside.WatchedTensors(stored)
     variant.penalty(site, t)
+    layer(x).square().sum().backward()
     with torch.no_grad():
         variant.project(site, t)
+        for step in (1, inside.LATE):
+            variant.advance({site.path: site}, {site.path: t}, step)
     if inside.has(variant, "state_dict"):
         variant.state_dict(site, t)
-    return set(stored), seen | t.seen
+    clock = {"step"} if inside.has(variant, "advance") else set()  # the core reads it
+    return set(stored), seen | t.seen | clock

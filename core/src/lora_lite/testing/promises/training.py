@@ -38,7 +38,7 @@ def every_parameter_learns_and_nothing_else(case: Case) -> None:
     start = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     reached: set[str] = set()
     optimizer = torch.optim.AdamW(adapter.param_groups(weight_decay=0.0), lr=1e-2)
-    adapter.project_after(optimizer)
+    optimizer.register_step_post_hook(lambda *_: adapter.project())  # a schedule may stop some
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         _backward(model, case.inputs(4, 3, seed=step - 1))
@@ -299,7 +299,7 @@ def _fit(case: Case, x: Tensor, target: Tensor, lr: float) -> list[float]:
     student = case.model()
     adapter = case.attach(student, layers=0)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=lr)
-    adapter.project_after(optimizer)
+    optimizer.register_step_post_hook(lambda *_: adapter.project())
     losses: list[float] = []
     while len(losses) < 80:
         optimizer.zero_grad()

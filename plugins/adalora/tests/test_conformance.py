@@ -1,0 +1,5 @@
+from lora_lite.testing import VariantTests
+
+
+class TestAdaLoRA(VariantTests):
+    variant = "adalora"

@@ -73,13 +73,24 @@ def inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+# What fits layers of 64 and 128, and perturbed values that do not grow from layer to layer.
+SMALL: dict[str, dict[str, Any]] = {
+    "vb_lora": {"length": 16, "vectors": 16},
+    "randlora": {"alpha": 0.1},
+}
+
+
 def attach(model: nn.Module, variant: str, **options: Any) -> ll.Adapter:
     """At rank 8, with calibration data where the variant asks for it."""
     cls = variant_class(variant)
-    chosen = cls(r=8) if "r" in cls.model_fields else cls()
+    fields = {"r": 8, **SMALL.get(variant, {})}
+    chosen = cls(**{name: value for name, value in fields.items() if name in cls.model_fields})
     placements = ll.plan(model, chosen, targets=TARGETS).placements
-    if any(p.variant.observe(p.site) is not None for p in placements):
+    observers = [p.variant.observe(p.site) for p in placements]
+    if any(observer is not None for observer in observers):
         options["calibration"] = [inputs(4, 16, seed=90 + i) for i in range(3)]
+    if any(getattr(observer, "wants_gradients", False) for observer in observers):
+        options["loss"] = lambda output, _batch: output.square().mean()
     return ll.attach(model, chosen, targets=TARGETS, **options)
 
 

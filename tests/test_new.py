@@ -80,9 +80,9 @@ def test_the_tutorial_leads_to_a_package_that_keeps_every_promise(write: Write) 
     """
     page = (ROOT / "docs/writing-a-variant.md").read_text()
     method, _, tests, *_ = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    package = write("vera")
-    (package / "src/lora_lite_vera/vera.py").write_text(method)
-    (package / "tests/test_vera.py").write_text(tests)
+    package = write("my-vera")
+    (package / "src/lora_lite_my_vera/my_vera.py").write_text(method)
+    (package / "tests/test_my_vera.py").write_text(tests)
     install_and_test(package)
 
 

@@ -87,6 +87,12 @@ TYPES: dict[str, Any] = {
     "hira": lambda: peft.HiraConfig(r=3, **NAMES),
     "c3a": lambda: peft.C3AConfig(block_size=4, **NAMES),
     "shira": lambda: peft.ShiraConfig(r=2, random_seed=5, **NAMES),
+    "vera": lambda: peft.VeraConfig(r=3, **NAMES),
+    "vb_lora": lambda: peft.VBLoRAConfig(r=3, num_vectors=6, vector_length=8, **NAMES),
+    "randlora": lambda: peft.RandLoraConfig(r=3, randlora_alpha=6, **NAMES),
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1, **NAMES
+    ),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=30, random_loc_seed=9, **NAMES),
 }
 
@@ -125,6 +131,11 @@ def test_other_types_beside_a_trained_head(
         ("fourierft", {"scaling": -1}, "scaling=-1"),
         ("lokr of low rank", {"r": 2}, "lokr here divides this layer into"),
         ("c3a", {"new_setting": 2}, "new_setting=2"),
+        ("vera", {"r": 4}, "A.*shape"),
+        ("vb_lora", {"save_only_topk_weights": True}, "save_only_topk_weights=True"),
+        ("vb_lora", {"topk": 1}, "topk|k"),
+        ("adalora", {"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+        ("adalora", {"lora_dropout": 0.1}, "lora_dropout=0.1"),
     ],
 )
 def test_settings_of_other_types_that_would_be_silently_wrong(
@@ -305,3 +316,13 @@ def test_parameters_that_are_no_experts(tiny_llama: Make, tmp_path: Path, untouc
     model = tiny_llama()
     with untouched(model), pytest.raises(ll.AdapterFileError, match=r"the parameter .*q_proj\.w"):
         ll.load(model, tmp_path / "peft")
+
+
+def test_random_matrices_that_were_left_out(tiny_llama: Make, tmp_path: Path) -> None:
+    """Promise: a folder without them is refused with a way out; drawn here, they would differ."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.VeraConfig(r=3, save_projection=False, **NAMES)
+    saved_by_peft(tiny_llama, tmp_path / "peft", config)
+    with pytest.raises(ll.AdapterFileError, match=r"without vera_A, vera_B.*save_projection=True"):
+        ll.load(tiny_llama(), tmp_path / "peft")

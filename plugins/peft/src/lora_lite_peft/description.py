@@ -11,7 +11,7 @@ SHOWN_AS_PATHS = ("target_modules",)
 # The method's part of a tensor's name, after the path of its layer.
 PART = re.compile(
     r"\.((?:base_layer\.)*(?:lora|hada|lokr|oft|miss|hira|c3a|shira|fourierft|ia3|hra|road|delora"
-    r"|vera|token_adapter|trainable_tokens|ln_tuning)\w*(?:\.\w+)*|weight|bias)$"
+    r"|vera|vblora|randlora|token_adapter|trainable_tokens|ln_tuning)\w*(?:\.\w+)*|weight|bias)$"
 )
 
 

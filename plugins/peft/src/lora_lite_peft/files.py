@@ -19,6 +19,9 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 # What PEFT puts before the path of a module in the names of its tensors.
 PREFIX = "base_model.model."
+# And before the names of those that it keeps once for the model.
+OF_THE_MODEL = "base_model."
+SHARED = ("vera_A", "vera_B", "vblora_vector_bank", "randlora_A", "randlora_B")
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = {name: tensor.clone() for name, tensor in load(file.read_bytes()).items()}
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{file} cannot be read: {error}", path=str(file)) from None
-    strange = [name for name in tensors if not name.startswith(PREFIX)]
+    shared = {OF_THE_MODEL + name for name in SHARED}
+    strange = [name for name in tensors if not name.startswith(PREFIX) and name not in shared]
     if strange:
         raise AdapterFileError(
             f"{file} has {len(strange)} tensors whose names are not those of a PeftModel",

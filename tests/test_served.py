@@ -19,6 +19,7 @@ import lora_lite as ll
 import numpy as np
 import pytest
 import torch
+from lora_lite_benchmark.smollm2 import GGUF, write_smollm2
 from torch import Tensor
 
 pytestmark = [
@@ -29,7 +30,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 ENGINES = Path(__file__).parent / "served"
 MODULES = ROOT / "build/served/node_modules"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SECONDS = 600
 # Between two orders of float32 products; measured are 4e-5, of the base as of the adapter.
 SAME = 1e-3
@@ -51,15 +51,9 @@ def package_of_the_base() -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The base as a folder of transformers, in float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    package = package_of_the_base()
+    package_of_the_base()
     folder = tmp_path_factory.mktemp("served") / "base"
-    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
-    plain = LlamaForCausalLM(AutoConfig.from_pretrained(package, gguf_file=GGUF))
-    plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)
+    write_smollm2(folder)
     yield folder
     shutil.rmtree(folder)  # half a gigabyte
 

@@ -4,11 +4,13 @@ The split of a question follows from its text alone, by a hash.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from random import Random
 
-__all__ = ["distinct_problems", "split_of"]
+__all__ = ["distinct_problems", "gsm8k_rows", "metamath_rows", "split_of"]
+
+Problems = Iterable[tuple[str, str]]
 
 SPLITS = ("train", "train", "train", "train", "train", "train", "validation", "test")
 """The split of a question, by its hash modulo 8."""
@@ -42,3 +44,13 @@ def _distinct(
         if question not in seen and split_of(question) == split:
             seen.add(question)
             yield question, answer
+
+
+def metamath_rows(problems: Problems) -> list[dict[str, str]]:
+    """(question, answer) pairs in the format of MetaMathQA."""
+    return [{"query": question, "response": answer} for question, answer in problems]
+
+
+def gsm8k_rows(problems: Problems) -> list[dict[str, str]]:
+    """(question, answer) pairs in the format of GSM8K."""
+    return [{"question": question, "answer": answer} for question, answer in problems]

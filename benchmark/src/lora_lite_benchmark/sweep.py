@@ -112,12 +112,13 @@ def choose(
         raise BenchmarkError(
             f"all {len(trials)} trials of {row} failed", fix="See error.txt in the runs' folders"
         )
-    choice = Choice.of(row, trials, len(trials))
+    on_grid = len(trials)
+    choice = Choice.of(row, trials, on_grid)
     tried = {(trial.lr, json.dumps(trial.fields)) for trial in trials}
     for lr in (_rounded(choice.chosen.lr / 2), _rounded(choice.chosen.lr * 2)):
         if (lr, json.dumps(choice.chosen.fields)) not in tried:
             trials.append(_trial(run, lr, choice.chosen.fields))
-    return Choice.of(row, trials, len(factors) * math.prod(map(len, fields.values())))
+    return Choice.of(row, trials, on_grid)
 
 
 def _trial(run: Run, lr: float, fields: dict[str, FieldValue]) -> Trial:

@@ -13,14 +13,11 @@ from lora_lite.layers import overwrite, whole
 from lora_lite.placements import Placement
 from lora_lite.shared import tensor_key
 from lora_lite.state import flat, refuse_overflow, unpack
-from lora_lite.tensor_spec import TensorSpec
 from lora_lite.unfit import refuse_shards
 from lora_lite.wrapped import reshard
 
 if TYPE_CHECKING:
     from lora_lite.adapter import Adapter
-
-UNDECLARED = TensorSpec((1,))  # of what `state_dict` saves under a name of its own
 
 
 def saved_tensors(adapter: Adapter, derived: bool) -> dict[str, Tensor]:
@@ -39,7 +36,7 @@ def saved_tensors(adapter: Adapter, derived: bool) -> dict[str, Tensor]:
             given = attachment.methods.state_dict(site, stored)
         saved = checked_tensors(attachment.variant, "state_dict", given, site.path)
         for name, value in saved.items():
-            spec = attachment.specs.get(name, UNDECLARED)
+            spec = attachment.specs.get(name)
             key = tensor_key(site.path, attachment.variant.name, name, spec)
             if key not in left_out:
                 state[key] = value

@@ -77,12 +77,13 @@ def plan_from_disk(file: Path, base: Path, empty: nn.Module) -> Plan | str:
     if getattr(getattr(empty, "config", None), "quantization_config", None) is not None:
         return "the base is quantised"
     modules: dict[str, tuple[str, nn.Module]] = {}
-    known, names = layer_modules(empty), _names_of_parameters(empty)
+    known, named = layer_modules(empty), dict(named_modules(empty))
+    names = _names_of_parameters(empty)
     for path in described.sites:
         module = known.get(path)
         if module is None:
             return f"the model has no layer {path}"  # loading it says more
-        holder = path if dict(named_modules(empty)).get(path) is module else path.rpartition(".")[0]
+        holder = path if named.get(path) is module else path.rpartition(".")[0]
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -112,11 +113,13 @@ def write_from_disk(plan: Plan, out: Path, tell: Callable[[str], None]) -> None:
     files = sorted(set(plan.files.values()))
     with new_folder(out) as folder:
         for number, name in enumerate(files, start=1):
-            _header(plan.base / name)
+            start, header = _header(plan.base / name)
             shutil.copyfile(plan.base / name, folder / name)
             sites = _sites_in(plan, name)
             for path in sites:
-                _overwrite(folder / name, _merged(plan, path), plan.files, name)
+                merged = _merged(plan, path)
+                own = {key: tensor for key, tensor in merged.items() if plan.files.get(key) == name}
+                _overwrite(folder / name, own, start, header)
             tell(f"{name} ({number} of {len(files)}): {len(sites)} layers merged")
         for name in CONFIGS:
             if (plan.base / name).is_file():
@@ -235,14 +238,11 @@ def _part(plan: Plan, paths: Iterable[str]) -> tuple[Metadata, dict[str, Tensor]
 
 @torch.no_grad()
 def _overwrite(
-    path: Path, merged: Mapping[str, Tensor], files: Mapping[str, str], file: str
+    path: Path, tensors: Mapping[str, Tensor], start: int, header: Mapping[str, Any]
 ) -> None:
-    """Put tensors in the place of those of the same name in a file of safetensors."""
-    start, header = _header(path)
+    """Put tensors in the place of those of the same name in a file with this header."""
     with path.open("r+b") as opened:
-        for name, tensor in merged.items():
-            if files.get(name) != file:
-                continue
+        for name, tensor in tensors.items():
             begin, end = header[name]["data_offsets"]
             data = save({name: tensor.contiguous()})
             length = end - begin

@@ -48,10 +48,7 @@ class Placement:
 
     def key(self, name: str) -> str:
         """The name of one of its tensors in a state dict."""
-        spec = self.specs.get(name)
-        if spec is None:
-            return f"{self.path}.{name}"
-        return tensor_key(self.path, self.variant.name, name, spec)
+        return tensor_key(self.path, self.variant.name, name, self.specs.get(name))
 
     @property
     def shared_keys(self) -> dict[str, str]:

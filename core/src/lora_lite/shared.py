@@ -19,16 +19,16 @@ NAMES = "_lora_lite_shared"  # on the root: what the shared tensors of all adapt
 GROUP = "shared:"
 
 
-def tensor_key(path: str, variant: str, name: str, spec: TensorSpec) -> str:
+def tensor_key(path: str, variant: str, name: str, spec: TensorSpec | None) -> str:
     """The name of a tensor in a state dict.
 
     Args:
         path: of the layer.
         variant: its name.
         name: of the tensor.
-        spec: of the tensor.
+        spec: of the tensor; None for one that is not declared.
     """
-    if not spec.shared:
+    if spec is None or not spec.shared:
         return f"{path}.{name}"
     return f"{GROUP}{variant}.{spec.shared}:{_sizes(spec)}"
 

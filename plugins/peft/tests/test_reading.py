@@ -227,40 +227,11 @@ def test_rows_of_tokens_alone(tiny_llama: Make, tmp_path: Path, untouched: Guard
 # --- experts
 
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 32,
-}
-
-
-def mixture(family: str, width: int = 12) -> nn.Module:
-    import transformers as tf
-
-    torch.manual_seed(0)
-    if family == "qwen3":
-        counts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
-        sizes = {**SIZES, "moe_intermediate_size": width, **counts}
-        model: nn.Module = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes))
-    elif family == "mixtral":
-        model = tf.MixtralForCausalLM(tf.MixtralConfig(**{**SIZES, "num_local_experts": 4}))
-    else:
-        sizes = {**SIZES, "num_local_experts": 4, "intermediate_size": width}
-        model = tf.GptOssForCausalLM(tf.GptOssConfig(**sizes))
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
-    return model.eval()
-
-
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "gpt-oss"])
 @pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("down_proj",)])
-def test_experts(tmp_path: Path, untouched: Guard, family: str, names: tuple[str, ...]) -> None:
+def test_experts(
+    mixture: Make, tmp_path: Path, untouched: Guard, family: str, names: tuple[str, ...]
+) -> None:
     """Promise: target_parameters are read, whichever way the experts lie, beside linear layers."""
     config = peft.LoraConfig(
         r=2,
@@ -274,7 +245,7 @@ def test_experts(tmp_path: Path, untouched: Guard, family: str, names: tuple[str
     assert {variant.name for variant in adapter.sites.values()} == {"lora"}
 
 
-def test_square_experts_need_pefts_version(tmp_path: Path, untouched: Guard) -> None:
+def test_square_experts_need_pefts_version(mixture: Make, tmp_path: Path, untouched: Guard) -> None:
     """Promise: where sizes do not tell how the tensors lie, PEFT's version does, or it is refused.
 
     What version 0.18 called A is Bᵀ, and the other way round.

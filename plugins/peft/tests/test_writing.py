@@ -237,40 +237,13 @@ def test_what_pefts_own_types_cannot_have(
 # --- experts
 
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 32,
-}
-
-
-def mixture(family: str, width: int = 12) -> nn.Module:
-    import transformers as tf
-
-    torch.manual_seed(0)
-    if family == "qwen3":
-        counts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
-        sizes = {**SIZES, "moe_intermediate_size": width, **counts}
-        model: nn.Module = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes))
-    else:
-        sizes = {**SIZES, "num_local_experts": 4, "intermediate_size": width}
-        model = tf.GptOssForCausalLM(tf.GptOssConfig(**sizes))
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
-    return model.eval()
-
-
 @pytest.mark.parametrize("width", [12, 16])
 @pytest.mark.parametrize("family", ["qwen3", "gpt-oss"])
 @pytest.mark.parametrize("name", ["lora", "antipasto"])
 @pytest.mark.parametrize("targets", [r"experts\.\w+_proj$|q_proj", r"experts\.down_proj$"])
-def test_experts(tmp_path: Path, family: str, name: str, targets: str, width: int) -> None:
+def test_experts(
+    mixture: Make, tmp_path: Path, family: str, name: str, targets: str, width: int
+) -> None:
     """Promise: experts of any method of low rank are PEFT's target_parameters; LoRA's bits stay."""
     make = lambda: mixture(family, width)  # noqa: E731
     model = make()
@@ -283,7 +256,7 @@ def test_experts(tmp_path: Path, family: str, name: str, targets: str, width: in
         assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
 
 
-def test_experts_that_are_shifted_are_refused(tmp_path: Path) -> None:
+def test_experts_that_are_shifted_are_refused(mixture: Make, tmp_path: Path) -> None:
     """PEFT has no lora_bias beside target_parameters."""
     adapter = attached(mixture("qwen3"), "lora_bias", r=2, targets=r"experts\.|q_proj")
     for native in (False, True):
@@ -292,7 +265,7 @@ def test_experts_that_are_shifted_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_of_other_types_are_refused(tmp_path: Path) -> None:
+def test_experts_of_other_types_are_refused(mixture: Make, tmp_path: Path) -> None:
     adapter = attached(mixture("qwen3"), "hra", r=2, targets=r"experts\.")
     with pytest.raises(ll.AdapterError, match="by LoRA alone"):
         adapter.save(tmp_path / "out", format="peft", native=True)

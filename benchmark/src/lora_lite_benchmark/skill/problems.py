@@ -24,7 +24,7 @@ machine.
 
 from random import Random
 
-from lora_lite_benchmark.splits import distinct_problems
+from lora_lite_benchmark.splits import distinct_problems, gsm8k_rows, metamath_rows
 
 EDITION = "8e553baae8abf962096d4adb9cd1514393ca635ed578b1a80f85cfeeac163d1c"
 """Identifies these problems in the configs of runs. It must change whenever the problems do, so
@@ -102,23 +102,14 @@ def _calculate(left: int, sign: str, right: int) -> tuple[str, int]:
 
 def train_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Problems to adapt to, in the format of MetaMathQA."""
-    return [
-        {"query": question, "response": answer}
-        for question, answer in distinct_problems(problem_abroad, "train", count, seed)
-    ]
+    return metamath_rows(distinct_problems(problem_abroad, "train", count, seed))
 
 
 def validation_problems(count: int = 500) -> list[dict[str, str]]:
     """Problems to choose learning rates on, in the format of GSM8K."""
-    return [
-        {"question": question, "answer": answer}
-        for question, answer in distinct_problems(problem_abroad, "validation", count, 1)
-    ]
+    return gsm8k_rows(distinct_problems(problem_abroad, "validation", count, 1))
 
 
 def test_problems(count: int = 1319) -> list[dict[str, str]]:
     """Problems to report, in the format of GSM8K and as many."""
-    return [
-        {"question": question, "answer": answer}
-        for question, answer in distinct_problems(problem_abroad, "test", count, 2)
-    ]
+    return gsm8k_rows(distinct_problems(problem_abroad, "test", count, 2))

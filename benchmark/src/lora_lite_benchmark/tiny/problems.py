@@ -27,7 +27,7 @@ machine.
 from dataclasses import dataclass
 from random import Random
 
-from lora_lite_benchmark.splits import distinct_problems
+from lora_lite_benchmark.splits import distinct_problems, gsm8k_rows, metamath_rows
 
 EDITION = "8adc023b8efd004e5adc885389f359d4ec4d6aff7f7c0e1ad1b885f851448ad6"
 """Identifies these problems in the configs of runs. It must change whenever the problems do, so
@@ -123,23 +123,14 @@ def problems(country: Country, split: str, count: int, seed: int) -> list[tuple[
 
 def train_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Problems to adapt to, in the format of MetaMathQA."""
-    return [
-        {"query": question, "response": answer}
-        for question, answer in problems(ABROAD, "train", count, seed)
-    ]
+    return metamath_rows(problems(ABROAD, "train", count, seed))
 
 
 def validation_problems(count: int = 500) -> list[dict[str, str]]:
     """Problems to choose learning rates on, in the format of GSM8K."""
-    return [
-        {"question": question, "answer": answer}
-        for question, answer in problems(ABROAD, "validation", count, 1)
-    ]
+    return gsm8k_rows(problems(ABROAD, "validation", count, 1))
 
 
 def test_problems(count: int = 1319) -> list[dict[str, str]]:
     """Problems to report, in the format of GSM8K and as many."""
-    return [
-        {"question": question, "answer": answer}
-        for question, answer in problems(ABROAD, "test", count, 2)
-    ]
+    return gsm8k_rows(problems(ABROAD, "test", count, 2))

@@ -15,24 +15,14 @@ the library PEFT.
 from typing import ClassVar
 
 import torch
-from lora_lite.author import (
-    DropoutRate,
-    PositiveFinite,
-    Rng,
-    Site,
-    Tensors,
-    TensorSpec,
-    Variant,
-    check_rank,
-    lora_scale,
-    uniform_start,
-)
-from pydantic import PositiveInt
+from lora_lite.author import Rng, Site, Tensors, TensorSpec, lora_scale
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from lora_lite_lora.lora import LoRA
 
-class LoRABias(Variant, name="lora_bias"):
+
+class LoRABias(LoRA, name="lora_bias"):
     """Low-rank update and offset, Δy = s · (B (A x) + c).
 
     Attributes:
@@ -42,32 +32,17 @@ class LoRABias(Variant, name="lora_bias"):
         dropout: probability of dropping an entry of x on its way to A, in training mode.
     """
 
-    recommended_lr: ClassVar[float] = 2e-3
     acts_on_bias: ClassVar[bool] = True
 
-    r: PositiveInt = 8
-    alpha: PositiveFinite = 16.0
-    rslora: bool = False
-    dropout: DropoutRate = 0.0
-
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        check_rank(self.r, site)
-        return {
-            "A": TensorSpec((self.r, site.d_in)),
-            "B": TensorSpec((site.d_out, self.r)),
-            "c": TensorSpec((site.d_out,)),
-        }
+        return {**super().tensors(site), "c": TensorSpec((site.d_out,))}
 
     def init(
         self, site: Site, derived: Tensors, statistics: Tensors, rng: Rng
     ) -> dict[str, Tensor]:
-        a = uniform_start((self.r, site.d_in), rng("A"))
-        return {"A": a, "B": torch.zeros(site.d_out, self.r), "c": torch.zeros(site.d_out)}
+        return {**super().init(site, derived, statistics, rng), "c": torch.zeros(site.d_out)}
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         s = lora_scale(self.alpha, self.r, rslora=self.rslora)
         reduced = linear(dropout(x, self.dropout, site.training), t["A"])
         return linear(s * reduced, t["B"], s * t["c"])
-
-    def macs_per_token(self, site: Site) -> int:
-        return self.r * (site.d_in + site.d_out)

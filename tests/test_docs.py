@@ -169,12 +169,9 @@ def test_every_command_and_figure_of_the_benchmark_is_documented() -> None:
     page = (ROOT / "benchmark/README.md").read_text()
     commands = benchmark_cli._parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert not [command for command in commands if f"lora-lite-bench {command}" not in page]
-    names = {
-        name.removesuffix("_low").removesuffix("_high")
-        for column in COLUMNS
-        for name in column.names
-    }
+    names = {name for column in COLUMNS for name in column.names}
     names |= set(Measurements.model_fields)
+    names = {name.removesuffix("_low").removesuffix("_high") for name in names}
     assert not [name for name in names if f"`{name}`" not in page]
 
 

@@ -24,6 +24,11 @@ SPLITS = ("train", "validation", "test")
 NOT_IDENTITY = {"preset", "label", "checkpoint_every", "trials"}
 """Settings that do not change the result. They are left out of the hash."""
 
+ADDED_LATER = {"implementation"}
+"""Settings that the first version did not have. Left as they are, they do not change the hash, so
+that the runs of that version are still those of their configs.
+"""
+
 TRAINING = {
     "train",
     "seed",
@@ -37,6 +42,7 @@ TRAINING = {
     "max_tokens",
     "calibration_rows",
     "perturb",
+    "implementation",
     "fields",
     "targets",
     "exclude",
@@ -117,6 +123,8 @@ class RunConfig(Record):
     prompt: str = "Question: {question}\nAnswer:"
 
     variant: str
+    # Who computes it: this library, or PEFT from the same start.
+    implementation: Literal["lora-lite", "peft"] = "lora-lite"
     fields: dict[str, FieldValue] = {}
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
@@ -161,6 +169,12 @@ class RunConfig(Record):
                 "test and validation are both missing",
                 expected="A run needs test problems or validation problems",
             )
+        if self.variant in SPECIAL_ROWS and self.implementation == "peft":
+            raise BenchmarkError(
+                f"the row 'peft:{self.variant}' was asked for",
+                expected=f"{self.variant!r} has no adapter that PEFT could compute",
+                fix=f"Ask for {self.variant!r}",
+            )
         if self.variant == "full" and self.quantization != "none":
             raise BenchmarkError(
                 f"quantization is {self.quantization!r} in the row 'full'",
@@ -176,20 +190,31 @@ class RunConfig(Record):
         return self.max_new_tokens > 0
 
     @property
-    def hash(self) -> str:
-        """Twelve hex digits that identify the run: equal for configs with equal outcomes."""
+    def identity(self) -> dict[str, Any]:
+        """The settings that the outcome depends on, as JSON values.
+
+        What is in a file counts, not where it is: a file with a digest has no path here.
+        """
         left_out = NOT_IDENTITY | (TRAINING if self.variant == "base" else set())
         values = self.model_dump(mode="json", exclude=left_out)
-        # What is in a file counts, not where it is.
+        for setting in ADDED_LATER & values.keys():
+            if values[setting] == RunConfig.model_fields[setting].default:
+                del values[setting]
         if values["model_sha256"]:
             del values["model"]
         for split in SPLITS:
             source = values.get(split)
             if source and source["sha256"]:
                 del source["path"]
-        text = json.dumps(values, sort_keys=True)
+        return values
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that identify the run: equal for configs with equal outcomes."""
+        text = json.dumps(self.identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def folder(self) -> str:
-        return f"{self.variant}-{self.hash}"
+        prefix = "peft-" if self.implementation == "peft" else ""
+        return f"{prefix}{self.variant}-{self.hash}"

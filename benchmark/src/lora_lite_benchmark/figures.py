@@ -11,11 +11,13 @@ from lora_lite_benchmark.results import Measurements
 from lora_lite_benchmark.rows import REFERENCE, Group, Row
 from lora_lite_benchmark.stats import Comparison, Difference, Scores
 
-__all__ = ["UNQUANTISED", "Figures", "figures", "separated_by_loss_alone"]
+__all__ = ["OURS", "UNQUANTISED", "Figures", "figures", "separated_by_loss_alone"]
 
 Figures = dict[str, str | int | float | None]
 
 UNQUANTISED = "unquantised"
+OURS = "lora_lite"
+"""A row of PEFT's implementation is compared with the row of the same variant and fields here."""
 
 
 def figures(row: Row, group: Group) -> Figures:
@@ -28,6 +30,7 @@ def figures(row: Row, group: Group) -> Figures:
     return {
         "label": config.label,
         "variant": config.variant,
+        "implementation": config.implementation,
         "model": config.model,
         "quantization": config.quantization,
         "runs": " ".join(run.config.folder for run in row.runs),
@@ -41,6 +44,8 @@ def figures(row: Row, group: Group) -> Figures:
         **measured,
         "peak_memory_of": row.runs[0].measurements.peak_memory_of,
         **_difference(REFERENCE, row.against(group.reference(row)), config.generates),
+        **_difference(OURS, row.against(group.ours(row)), config.generates),
+        f"curve_minus_{OURS}": row.curve_against(group.ours(row)),
         **_difference(UNQUANTISED, row.against(group.unquantised(row)), config.generates),
     }
 

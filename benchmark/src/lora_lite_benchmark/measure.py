@@ -1,11 +1,7 @@
-"""Time and memory.
-
-Times are medians after a warm-up. The accelerator's queue is drained before the clock is read.
-"""
+"""Time and memory. The accelerator's queue is drained before the clock is read."""
 
 import gc
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,40 +9,14 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
-from torch import nn
 
-from lora_lite_benchmark.data import Batch
-from lora_lite_benchmark.evaluate import nats
-
-__all__ = ["TimedPass", "peak_memory", "reset_peak_memory", "stopwatch", "synchronize", "time_step"]
+__all__ = ["TimedPass", "peak_memory", "reset_peak_memory", "stopwatch", "synchronize"]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 MEMORY_STATUS = Path("/proc/self/status")
 MEMORY_RESET = Path("/proc/self/clear_refs")
-
-
-def time_step(
-    model: nn.Module, batch: Batch, backward: bool, repeats: int = 7, warmup: int = 2
-) -> tuple[float, float]:
-    """Median milliseconds of the forward (with the loss) and of the backward of `batch`.
-
-    Gradients are thrown away. Without `backward`, no graph is recorded and the second figure is 0.
-    """
-    device = batch.input_ids.device
-    forwards, backwards = [], []
-    with torch.set_grad_enabled(backward):
-        for _ in range(warmup + repeats):
-            seconds, loss = stopwatch(lambda: nats(model, batch).sum(), device)
-            forwards.append(seconds)
-            if backward:
-                seconds, _nothing = stopwatch(loss.backward, device)
-                backwards.append(seconds)
-            model.zero_grad()
-    forward_ms = 1000 * statistics.median(forwards[warmup:])
-    backward_ms = 1000 * statistics.median(backwards[warmup:]) if backward else 0.0
-    return forward_ms, backward_ms
 
 
 class TimedPass(Generic[Item]):

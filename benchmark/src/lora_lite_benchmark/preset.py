@@ -23,12 +23,16 @@ from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, FieldValue, Record,
 from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import model_digest, sha256
+from lora_lite_benchmark.peft_adapter import check_peft
 from lora_lite_benchmark.variants import recommended_lr, resolved_fields
 
 __all__ = ["ALL", "Preset", "PresetRow", "parse_assignment", "parse_row", "preset_names", "resolve"]
 
 ALL = "all"
 """Stands for the rows of all installed variants."""
+
+PEFT_PREFIX = "peft:"
+"""Before a row's name: the same variant and fields, as PEFT computes them."""
 
 
 class PresetRow(Record):
@@ -142,7 +146,8 @@ def resolve(
 
     Args:
         preset: where the settings come from.
-        row: a variant, with fields and an arm if wanted: `lora:r=4@nf4`.
+        row: a variant, with fields and an arm if wanted: `lora:r=4@nf4`. After `peft:`, it is
+            PEFT's implementation of it.
         fields: further fields of the variant, which win over all others.
         overrides: settings of RunConfig, which win over the preset's.
 
@@ -151,10 +156,15 @@ def resolve(
         LoraLiteError: the variant is unknown, or one of its fields is.
     """
     row, _, arm = row.partition("@")
+    row, is_peft = row.removeprefix(PEFT_PREFIX), row.startswith(PEFT_PREFIX)
     variant, row_fields = parse_row(row)
     entry = preset.row(row)
     chosen_fields = {**entry.fields, **row_fields, **(fields or {})}
-    label = _label(variant, {**row_fields, **(fields or {})}, arm)
+    if is_peft and variant not in SPECIAL_ROWS:
+        check_peft(variant, chosen_fields)
+    label = (PEFT_PREFIX if is_peft else "") + _label(
+        variant, {**row_fields, **(fields or {})}, arm
+    )
     values = {
         **preset.run,
         **preset.arm(arm),
@@ -163,6 +173,7 @@ def resolve(
         "preset": preset.name,
         "label": label,
         "variant": variant,
+        "implementation": "peft" if is_peft else "lora-lite",
         "fields": _all_fields(variant, chosen_fields),
     }
     if "lr" not in values:

@@ -105,8 +105,12 @@ class Measurements(Record):
         parameters: trainable scalars.
         macs_per_token: multiply-accumulates that the adapter adds for each token.
         macs_per_forward: those that it adds once for each forward.
-        forward_ms: of one training batch, the median.
-        backward_ms: likewise.
+        inference_ms: of a forward of one training batch with the adapter frozen, without gradients.
+        forward_ms: of a forward of that batch in training.
+        backward_ms: of the backward after it.
+        inference_ratio: to the base's, measured in turns with it; the median over the turns, with
+            its quartiles in `_low` and `_high`. None also in results of earlier versions.
+        step_ratio: of forward and backward, likewise.
         calibration_s: the pass of calibration data through the model. None also for variants that
             need none.
         init_s: attaching, without that pass.
@@ -119,8 +123,15 @@ class Measurements(Record):
     parameters: int
     macs_per_token: int
     macs_per_forward: int
+    inference_ms: float | None = None
     forward_ms: float
     backward_ms: float | None
+    inference_ratio: float | None = None
+    inference_ratio_low: float | None = None
+    inference_ratio_high: float | None = None
+    step_ratio: float | None = None
+    step_ratio_low: float | None = None
+    step_ratio_high: float | None = None
     calibration_s: float | None = None
     init_s: float | None
     train_s: float | None

@@ -3,6 +3,7 @@
 A row is the runs of one config with any seeds. A group is the rows that can be compared.
 """
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,18 @@ class Row:
         """The row minus the other; None if there is no other, or no seed that both have."""
         return None if other is None else compare(self.judged, other.judged)
 
+    def curve_against(self, other: "Row | None") -> float | None:
+        """The largest difference of two training losses at the same step and seed, in nats an
+        answer token; None if there is no other, or no seed that both have.
+        """
+        curves = {run.config.seed: run.curve for run in other.runs} if other else {}
+        apart = [
+            max(abs(one.loss - two.loss) for one, two in zip(run.curve, curves[seed], strict=True))
+            for run in self.runs
+            if (seed := run.config.seed) in curves
+        ]
+        return max(apart, default=None)
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -108,7 +121,15 @@ class Group:
 
     def unquantised(self, row: Row) -> Row | None:
         """The same row on the base that is not quantised; None for a row on that base."""
-        wanted = _identity(row.config.model_copy(update={"quantization": "none"}))
+        return self._with(row, quantization="none")
+
+    def ours(self, row: Row) -> Row | None:
+        """The same row as this library computes it; None for such a row."""
+        return self._with(row, implementation="lora-lite")
+
+    def _with(self, row: Row, **settings: str) -> Row | None:
+        """The other row whose config differs from that of `row` in these settings alone."""
+        wanted = _identity(row.config.model_copy(update=settings))
         for other in self.rows:
             if other is not row and _identity(other.config) == wanted:
                 return other
@@ -125,8 +146,14 @@ def group_rows(results: Sequence[Result]) -> list[Group]:
     groups: dict[str, list[Row]] = {}
     for runs in runs_of_a_row.values():
         row = Row(tuple(sorted(runs, key=lambda run: run.config.seed)))
-        groups.setdefault(row.config.model_dump_json(include=COMPARABLE), []).append(row)
+        groups.setdefault(_comparable(row.config), []).append(row)
     return [Group(tuple(sorted(rows, key=_order))) for rows in groups.values()]
+
+
+def _comparable(config: RunConfig) -> str:
+    """The same for rows that can be compared, wherever their files lie."""
+    settings = {name: value for name, value in config.identity.items() if name in COMPARABLE}
+    return json.dumps(settings, sort_keys=True)
 
 
 def _identity(config: RunConfig) -> str:

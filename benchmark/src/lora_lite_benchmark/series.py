@@ -13,9 +13,10 @@ from tqdm import tqdm
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.files import write_text
 from lora_lite_benchmark.processes import is_main_process
+from lora_lite_benchmark.record import ERROR_FILE
 from lora_lite_benchmark.results import FILE as RESULT_FILE
 from lora_lite_benchmark.results import Result
-from lora_lite_benchmark.run import ERROR_FILE, run_one
+from lora_lite_benchmark.run import run_one
 
 __all__ = ["run_all"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lora_lite_benchmark.config import Source
 from lora_lite_benchmark.embedded import TASKS
-from lora_lite_benchmark.figures import UNQUANTISED, Figures, figures, separated_by_loss_alone
+from lora_lite_benchmark.figures import OURS, UNQUANTISED, Figures, figures, separated_by_loss_alone
 from lora_lite_benchmark.results import Result
 from lora_lite_benchmark.rows import REFERENCE, Group, group_rows
 from lora_lite_benchmark.stats import Difference
@@ -37,6 +37,11 @@ INSEPARABLE = "≈"
 
 PAIRS_SHOWN = 6
 
+RATIOS = (
+    "a forward with the adapter frozen, and forward with backward, as ratios to the base's, which "
+    "took turns with it in one process, with the quartiles of the turns."
+)
+
 
 class Column(NamedTuple):
     """A column: its title, the figures that it shows, and how it shows them.
@@ -55,6 +60,10 @@ class Column(NamedTuple):
 
 def _percent(share: float, error: float) -> str:
     return f"{100 * share:.1f} ± {100 * error:.1f}"
+
+
+def _ratio(median: float, low: float, high: float) -> str:
+    return f"{median:.2f} ({low:.2f}–{high:.2f})"
 
 
 def _megabytes(size: int) -> str:
@@ -99,14 +108,16 @@ COLUMNS = (
     Column("valid loss", ("validation_loss",), "{:.4f}".format),
     Column("parameters", ("parameters",), "{:,}".format),
     Column("MACs / token", ("macs_per_token",), "{:,}".format),
-    Column("forward ms", ("forward_ms",), "{:.1f}".format),
-    Column("backward ms", ("backward_ms",), "{:.1f}".format),
+    Column("inference ×", _with_ends("inference_ratio"), _ratio),
+    Column("step ×", _with_ends("step_ratio"), _ratio),
     Column("calibration s", ("calibration_s",), "{:.2f}".format),
     Column("init s", ("init_s",), "{:.2f}".format),
     Column("peak MB", ("peak_memory_bytes",), _megabytes),
     Column("file kB", ("file_bytes", "slim_file_bytes"), _file_size),
     Column(f"% - {REFERENCE}", _with_ends(f"accuracy_minus_{REFERENCE}"), _percent_difference),
     Column(f"loss - {REFERENCE}", _with_ends(f"loss_minus_{REFERENCE}"), _loss_difference),
+    Column("loss - lora-lite", _with_ends(f"loss_minus_{OURS}"), _loss_difference),
+    Column("curve - lora-lite", (f"curve_minus_{OURS}",), "{:.1e}".format),
     Column(f"% - {UNQUANTISED}", _with_ends(f"accuracy_minus_{UNQUANTISED}"), _percent_difference),
     Column(f"loss - {UNQUANTISED}", _with_ends(f"loss_minus_{UNQUANTISED}"), _loss_difference),
 )
@@ -264,7 +275,7 @@ def _measured(runs: Sequence[Result]) -> list[str]:
     memory = {run.measurements.peak_memory_of for run in runs}
     where = f"{machine['device']} ({machine['name']}, {machine['threads']} threads)"
     return [
-        f"Times are medians for one training batch on {where}.",
+        f"Inference × and step × were measured on {where}: {RATIOS}",
         f"The peak of memory is that of the {' or '.join(sorted(memory))} in training.",
         "1 kB is 1,000 bytes.",
     ]

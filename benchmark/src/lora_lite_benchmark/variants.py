@@ -14,16 +14,19 @@ from torch import Tensor, nn
 
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.full import BaseModel, FullModel
+from lora_lite_benchmark.peft_adapter import PEFT_PACKAGES, PeftAdapter
 
 __all__ = [
     "AnyAdapter",
     "attach_adapter",
     "compared_variants",
-    "distribution",
     "load_adapter",
+    "packages",
     "recommended_lr",
     "resolved_fields",
 ]
+
+QUANTIZING = ("bitsandbytes", "lora-lite-bitsandbytes")
 
 
 def compared_variants() -> list[str]:
@@ -44,9 +47,9 @@ class AnyAdapter(Protocol):
     @property
     def num_parameters(self) -> int: ...
     @property
-    def macs_per_token(self) -> int: ...
+    def macs_per_token(self) -> int | None: ...
     @property
-    def macs_per_forward(self) -> int: ...
+    def macs_per_forward(self) -> int | None: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]: ...
     def project_after(self, optimizer: torch.optim.Optimizer) -> object: ...
@@ -69,10 +72,15 @@ def recommended_lr(variant: str) -> float:
     return make_variant(variant, {}).recommended_lr
 
 
-def distribution(variant: str) -> list[str]:
-    """The distribution that provides a variant; none for the rows without an adapter."""
-    info = ll.variants().get(variant)
-    return [info.distribution] if info else []
+def packages(config: RunConfig) -> list[str]:
+    """The packages of this row alone: those of its variant, of its implementation, of its base."""
+    info = ll.variants().get(config.variant)
+    found = [info.distribution] if info else []
+    if config.implementation == "peft":
+        found += PEFT_PACKAGES
+    if config.quantization != "none":
+        found += QUANTIZING
+    return found
 
 
 def attach_adapter(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> AnyAdapter:
@@ -82,6 +90,11 @@ def attach_adapter(model: nn.Module, config: RunConfig, calibration: Iterable[An
     """
     if config.variant in WITHOUT_ADAPTER:
         return WITHOUT_ADAPTER[config.variant](model)
+    adapter = _attach(model, config, calibration)
+    return PeftAdapter.instead_of(adapter, model) if config.implementation == "peft" else adapter
+
+
+def _attach(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> ll.Adapter:
     arguments: dict[str, Any] = {
         "targets": config.targets,
         "exclude": config.exclude,
@@ -100,5 +113,7 @@ def load_adapter(model: nn.Module, config: RunConfig, path: Path) -> None:
     """Put the saved adapter of a run on a fresh base."""
     if config.variant in WITHOUT_ADAPTER:
         WITHOUT_ADAPTER[config.variant].load(model, path)
+    elif config.implementation == "peft":
+        PeftAdapter.load(model, path)
     else:
         ll.load(model, path)

@@ -1,7 +1,7 @@
 """A row's claims, checked: the saved file is the trained adapter, and the MACs are as declared."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.models import load_model
 from lora_lite_benchmark.variants import AnyAdapter, load_adapter
 
-__all__ = ["check_macs", "logits", "reload_agrees"]
+__all__ = ["Macs", "check_macs", "logits", "reload_agrees"]
 
 COUNTED_TOKENS = 16
 
@@ -49,30 +49,42 @@ def reload_agrees(config: RunConfig, path: Path, batch: Batch, expected: Tensor)
     return True
 
 
-@torch.no_grad()
-def check_macs(model: nn.Module, adapter: AnyAdapter, batch: Batch) -> None:
-    """Compare the MACs that the adapter declares with those counted, as both are columns of the
-    table by which rows are compared.
+class Macs(NamedTuple):
+    """The multiply-accumulates of matrix products that an adapter adds to those of its base."""
 
-    MACs are the multiply-accumulates of matrix products. They are counted for one short row and for
-    two: the slope is what a token takes, the intercept what a forward takes. `model` must be in
-    eval mode.
+    per_token: int
+    per_forward: int
+
+
+def check_macs(model: nn.Module, adapter: AnyAdapter, batch: Batch) -> Macs:
+    """Count the MACs, and compare them with those that the adapter declares, if it declares any:
+    rows are compared by them. `model` must be in eval mode.
 
     Raises BenchmarkError if they are not the declared ones.
     """
-    row = batch.input_ids[:1, :COUNTED_TOKENS]
+    counted = _count_macs(model, adapter, batch.input_ids[:1, :COUNTED_TOKENS])
+    if adapter.macs_per_token is None or adapter.macs_per_forward is None:
+        return counted
+    declared = Macs(adapter.macs_per_token, adapter.macs_per_forward)
+    if counted != declared:
+        raise BenchmarkError(
+            f"the adapter adds {counted.per_token:,} MACs for each token and "
+            f"{counted.per_forward:,} for each forward",
+            expected=f"It declares {declared.per_token:,} for each token and "
+            f"{declared.per_forward:,} for each forward",
+        )
+    return counted
+
+
+@torch.no_grad()
+def _count_macs(model: nn.Module, adapter: AnyAdapter, row: Tensor) -> Macs:
+    """Counted for one short row and for two: the slope is what a token takes, the intercept what a
+    forward takes.
+    """
     tokens = row.numel()
     once = _added_macs(model, adapter, row)
     twice = _added_macs(model, adapter, row.repeat(2, 1))
-    per_token = (twice - once) // tokens
-    per_forward = 2 * once - twice
-    if (per_token, per_forward) != (adapter.macs_per_token, adapter.macs_per_forward):
-        raise BenchmarkError(
-            f"the adapter adds {per_token:,} MACs for each token and {per_forward:,} for each "
-            f"forward, counted from {once:,} for {tokens} tokens and {twice:,} for {2 * tokens}",
-            expected=f"It declares {adapter.macs_per_token:,} for each token and "
-            f"{adapter.macs_per_forward:,} for each forward",
-        )
+    return Macs(per_token=(twice - once) // tokens, per_forward=2 * once - twice)
 
 
 def _added_macs(model: nn.Module, adapter: AnyAdapter, input_ids: Tensor) -> int:

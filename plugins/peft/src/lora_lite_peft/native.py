@@ -18,7 +18,7 @@ from collections import Counter
 from typing import Any
 
 from lora_lite import AdapterError
-from lora_lite.author import Base
+from lora_lite.author import Base, Variant
 from torch import Tensor
 
 from lora_lite_peft import write_dense
@@ -34,6 +34,16 @@ from lora_lite_peft.plain_lora import (
     plain_folder,
 )
 from lora_lite_peft.types import Writer, exactly, one_of_each, refuse_scaled
+
+
+def has_native_type(variant: Variant) -> bool:
+    """Whether PEFT has a type of its own that computes what `variant` does, so that it can go on
+    training from its values.
+    """
+    names = {name for theirs in (*WRITERS, *write_dense.WRITERS) for name in theirs}
+    if variant.name == "delora":
+        return _starts_as_theirs(variant)
+    return variant.name in names
 
 
 def native_folder(adapter: Part, base: Base) -> Folder:
@@ -151,9 +161,14 @@ def _road(adapter: Part, base: Base) -> Folder:
     return Folder({**common(base, list(adapter.sites)), **config}, tensors)
 
 
+def _starts_as_theirs(variant: Any) -> bool:
+    start: str = variant.start
+    return start == "zero_b"
+
+
 def _delora(adapter: Part, base: Base) -> Folder:
     state = adapter.state_dict()
-    if one_of_each(adapter, "start") != "zero_b":
+    if not all(map(_starts_as_theirs, adapter.sites.values())):
         return plain_folder(adapter, base)
     fields: dict[str, Any] = dict(adapter.sites)
     tensors: dict[str, Tensor] = {}

@@ -171,7 +171,7 @@ def test_every_command_and_figure_of_the_benchmark_is_documented() -> None:
     assert not [command for command in commands if f"lora-lite-bench {command}" not in page]
     names = {name for column in COLUMNS for name in column.names}
     names |= set(Measurements.model_fields)
-    names = {name.removesuffix("_low").removesuffix("_high") for name in names}
+    names = {re.sub("_(low|high|p)$", "", name) for name in names}
     assert not [name for name in names if f"`{name}`" not in page]
 
 

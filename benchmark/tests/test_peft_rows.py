@@ -44,7 +44,7 @@ def test_the_table_compares_the_two(make_config: Make, tmp_path: Path) -> None:
     """The row of PEFT's is compared with ours of the same fields, and with no other."""
     rows = ["base", "lora:r=2", "lora:r=4", "peft:lora:r=2"]
     (group,) = group_rows([run_one(make_config(row), tmp_path) for row in rows])
-    labels = {row.config.label: figures(row, group) for row in group.rows}
+    labels = {str(row["label"]): row for row in figures(group)}
     assert labels["peft:lora:r=2"]["curve_minus_lora_lite"] == pytest.approx(0, abs=1e-5)
     assert labels["peft:lora:r=2"]["loss_minus_lora_lite"] == pytest.approx(0, abs=1e-5)
     assert labels["lora:r=2"]["curve_minus_lora_lite"] is None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_lite_benchmark.multiple import SIGNIFICANT, adjusted_p
 from lora_lite_benchmark.stats import Scores, compare, difference, estimate
 
 sizes = st.tuples(st.integers(1, 4), st.integers(2, 40), st.integers(0, 2**16))
@@ -91,3 +92,38 @@ def test_more_seeds_than_questions_can_explain_widen_the_error() -> None:
     alike = np.stack([values[0] + 0.5, values[0] + 0.5])
     assert estimate(apart, np.ones(100)).value == pytest.approx(estimate(alike, np.ones(100)).value)
     assert estimate(apart, np.ones(100)).error > 5 * estimate(alike, np.ones(100)).error
+
+
+def test_a_family_of_equals_rarely_has_a_difference() -> None:
+    """Of 200 families of 12 differences that are all chance and share their questions' difficulty,
+    about 5 % have one that seems real after the correction; without it, it is far more.
+    """
+    rng = np.random.default_rng(0)
+    corrected = uncorrected = 0
+    for _ in range(200):
+        shared = rng.standard_normal((1, 1, 80))
+        family = list(0.5 * shared + rng.standard_normal((12, 1, 80)))
+        corrected += min(adjusted_p(family, np.ones(80))) < SIGNIFICANT
+        uncorrected += any(difference(values, np.ones(80)).separable for values in family)
+    assert 0.01 * 200 <= corrected <= 0.10 * 200
+    assert uncorrected > 0.25 * 200
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes, st.integers(2, 6))
+def test_corrected_p_do_not_depend_on_the_order_and_grow_with_the_family(
+    size: tuple[int, int, int], members: int
+) -> None:
+    """With one seed (the moves of seeds are drawn for each place): a larger difference has no
+    larger p, a family that is larger gives no smaller one, and no difference at all has p = 1.
+    """
+    _seeds, questions, seed = size
+    rng = np.random.default_rng(seed)
+    weights = np.ones(questions)
+    family = [rng.standard_normal((1, questions)) + number / 4 for number in range(members)]
+    family.append(np.zeros((1, questions)))
+    p = adjusted_p(family, weights)
+    assert p[-1] == 1
+    np.testing.assert_allclose(adjusted_p(family[::-1], weights), p[::-1])
+    for alone, together in zip(family, p, strict=True):
+        assert adjusted_p([alone], weights)[0] <= together

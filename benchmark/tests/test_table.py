@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from lora_lite_benchmark.config import RunConfig
-from lora_lite_benchmark.figures import separated_by_loss_alone
+from lora_lite_benchmark.families import separated_by_loss_alone
 from lora_lite_benchmark.results import Result
 from lora_lite_benchmark.rows import group_rows
 from lora_lite_benchmark.run import run_one
@@ -126,3 +126,15 @@ def test_csv_and_json_hold_the_same_figures_in_full(seeds: list[Result]) -> None
     assert base["lr"] is None
     assert base["backward_ms"] is None
     assert base["test_loss"] == pytest.approx(seeds[0].test.loss, rel=1e-12)
+
+
+def test_every_row_has_a_sentence_to_quote(results: list[Result]) -> None:
+    """With the figures of the row: its loss where nothing is right, its difference, its p."""
+    (table,) = make_tables(results)
+    rows = {row["label"]: row for row in table.figures}
+    other, lora = rows["lora:r=2"], rows["lora"]
+    assert f"p = {other['accuracy_minus_lora_p']:.3f} among 2 comparisons" in str(other["sentence"])
+    assert f"{other['parameters']:,} parameters" in str(other["sentence"])
+    assert f"{other['step_ratio']:.2f} times the base's step" in str(other["sentence"])
+    assert "than lora" not in str(lora["sentence"])
+    assert str(rows["base"]["sentence"]).startswith("The base solves 0.0 %")

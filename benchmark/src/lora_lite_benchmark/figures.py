@@ -5,13 +5,14 @@ Accuracies are shares of 1 and losses are in nats per answer token. `_error` is 
 None means that a figure does not apply to the row.
 """
 
-from itertools import combinations
+from collections.abc import Mapping
 
+from lora_lite_benchmark.families import Family, Judged
 from lora_lite_benchmark.results import Measurements
 from lora_lite_benchmark.rows import REFERENCE, Group, Row
-from lora_lite_benchmark.stats import Comparison, Difference, Scores
+from lora_lite_benchmark.stats import Scores
 
-__all__ = ["OURS", "UNQUANTISED", "Figures", "figures", "separated_by_loss_alone"]
+__all__ = ["OURS", "UNQUANTISED", "Figures", "figures"]
 
 Figures = dict[str, str | int | float | None]
 
@@ -20,14 +21,23 @@ OURS = "lora_lite"
 """A row of PEFT's implementation is compared with the row of the same variant and fields here."""
 
 
-def figures(row: Row, group: Group) -> Figures:
-    """All figures of `row`. The names are the same for every row."""
+def figures(group: Group) -> tuple[Figures, ...]:
+    """All figures of every row. The names are the same for every row."""
+    families = {
+        REFERENCE: Family(group, group.reference),
+        OURS: Family(group, group.ours),
+        UNQUANTISED: Family(group, group.unquantised),
+    }
+    return tuple(_figures(row, group, families) for row in group.rows)
+
+
+def _figures(row: Row, group: Group, families: Mapping[str, Family]) -> Figures:
     config = row.config
     rank = config.fields.get("r")
     measured = {
         name: row.measured(name) for name in Measurements.model_fields if name != "peak_memory_of"
     }
-    return {
+    found: Figures = {
         "label": config.label,
         "variant": config.variant,
         "implementation": config.implementation,
@@ -43,11 +53,11 @@ def figures(row: Row, group: Group) -> Figures:
         **_quality("validation", row.validation, config.generates),
         **measured,
         "peak_memory_of": row.runs[0].measurements.peak_memory_of,
-        **_difference(REFERENCE, row.against(group.reference(row)), config.generates),
-        **_difference(OURS, row.against(group.ours(row)), config.generates),
         f"curve_minus_{OURS}": row.curve_against(group.ours(row)),
-        **_difference(UNQUANTISED, row.against(group.unquantised(row)), config.generates),
     }
+    for name, family in families.items():
+        found |= _difference(name, family.of(row), config.generates)
+    return found
 
 
 def _quality(split: str, scores: Scores | None, generates: bool) -> Figures:
@@ -60,32 +70,17 @@ def _quality(split: str, scores: Scores | None, generates: bool) -> Figures:
     }
 
 
-def _difference(other: str, comparison: Comparison | None, generates: bool) -> Figures:
-    """Accuracy and loss of the row minus those of `other`, each with the ends of its interval."""
+def _difference(other: str, judged: Judged | None, generates: bool) -> Figures:
+    """Accuracy and loss of the row minus those of `other`, each with the ends of its interval and
+    with its p among the differences of all rows.
+    """
     found: Figures = {}
     for name in ("accuracy", "loss"):
-        difference: Difference | None = getattr(comparison, name, None)
-        if name == "accuracy" and not generates:
-            difference = None
+        applies = judged is not None and (generates or name == "loss")
+        difference = getattr(judged.comparison, name) if judged and applies else None
         column = f"{name}_minus_{other}"
         found[column] = difference.value if difference else None
         found[f"{column}_low"] = difference.low if difference else None
         found[f"{column}_high"] = difference.high if difference else None
-    return found
-
-
-def separated_by_loss_alone(group: Group) -> list[tuple[str, str]]:
-    """The labels of two rows, for every pair of which the losses differ separably and the
-    accuracies do not. The base is left out.
-    """
-    trained = [row for row in group.rows if not row.is_base]
-    found: list[tuple[str, str]] = []
-    for one, two in combinations(trained, 2):
-        comparison = one.against(two)
-        if comparison is None:
-            continue
-        labels = (one.config.label, two.config.label)
-        by_loss_alone = comparison.loss.separable and not comparison.accuracy.separable
-        if by_loss_alone and labels not in found:
-            found.append(labels)
+        found[f"{column}_p"] = getattr(judged.p, name) if judged and applies else None
     return found

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.results import Result, Split
-from lora_lite_benchmark.stats import Comparison, Scores, compare, scores_of
+from lora_lite_benchmark.stats import Scores, scores_of
 
 __all__ = ["REFERENCE", "Group", "Row", "group_rows"]
 
@@ -78,10 +78,6 @@ class Row:
         measurements = [getattr(run.measurements, name) for run in self.runs]
         values = [value for value in measurements if value is not None]
         return statistics.median_low(values) if values else None
-
-    def against(self, other: "Row | None") -> Comparison | None:
-        """The row minus the other; None if there is no other, or no seed that both have."""
-        return None if other is None else compare(self.judged, other.judged)
 
     def curve_against(self, other: "Row | None") -> float | None:
         """The largest difference of two training losses at the same step and seed, in nats an

@@ -38,10 +38,13 @@ __all__ = [
     "Comparison",
     "Difference",
     "Estimate",
+    "Paired",
     "Scores",
     "compare",
     "difference",
     "estimate",
+    "paired",
+    "resampled",
     "scores_of",
 ]
 
@@ -67,7 +70,10 @@ class Difference(NamedTuple):
 
     @property
     def separable(self) -> bool:
-        """Whether the interval excludes 0. It never does for two rows with the same outcomes."""
+        """Whether the interval excludes 0. It never does for two rows with the same outcomes.
+
+        Of many comparisons some are separable by chance; see `multiple.py`.
+        """
         return not self.low <= 0 <= self.high
 
 
@@ -78,6 +84,17 @@ class Comparison(NamedTuple):
 
     accuracy: Difference
     loss: Difference
+    seeds: tuple[int, ...]
+
+
+class Paired(NamedTuple):
+    """The differences of two rows' outcomes: `correct` and `nats` of shape (seeds, questions), and
+    the `tokens` of the questions.
+    """
+
+    correct: Array
+    nats: Array
+    tokens: Array
     seeds: tuple[int, ...]
 
 
@@ -122,7 +139,7 @@ def scores_of(runs: Sequence[Sequence[Outcome]], seeds: tuple[int, ...] | None) 
     return Scores(seeds, correct, nats, tokens)
 
 
-def compare(row: Scores, reference: Scores) -> Comparison | None:
+def paired(row: Scores, reference: Scores) -> Paired | None:
     """`row` minus `reference` on the same questions and on the seeds that both have.
 
     None if they have no seed in common.
@@ -132,10 +149,18 @@ def compare(row: Scores, reference: Scores) -> Comparison | None:
         return None
     correct, nats = row.of(seeds)
     reference_correct, reference_nats = reference.of(seeds)
+    return Paired(correct - reference_correct, nats - reference_nats, row.tokens, seeds)
+
+
+def compare(row: Scores, reference: Scores) -> Comparison | None:
+    """The difference of two rows with its intervals; None if they have no seed in common."""
+    pair = paired(row, reference)
+    if pair is None:
+        return None
     return Comparison(
-        accuracy=difference(correct - reference_correct, np.ones(len(row.tokens))),
-        loss=difference(nats - reference_nats, row.tokens),
-        seeds=seeds,
+        accuracy=difference(pair.correct, np.ones(len(pair.tokens))),
+        loss=difference(pair.nats, pair.tokens),
+        seeds=pair.seeds,
     )
 
 
@@ -160,15 +185,23 @@ def estimate(values: Array, weights: Array) -> Estimate:
 
 def difference(values: Array, weights: Array) -> Difference:
     """The same ratio with its bootstrap interval. `values` are differences between two rows."""
-    counts = _resamples(len(weights))
-    draws = _seed_draws(len(values))
-    z = _linearised(values, weights)
-    ratios = (counts @ values.mean(0)) / (counts @ weights)
-    moves = np.sqrt(_seed_variance(z)) * draws
+    low, high = np.quantile(
+        resampled(values, weights), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    )
+    return Difference(float(_linearised(values, weights).mean()), float(low), float(high))
+
+
+def resampled(values: Array, weights: Array, number: int = 0) -> Array:
+    """The ratio in every resample, shape (2 * RESAMPLES,).
+
+    Every call draws the same questions. The moves of the seeds are others for another `number`.
+    """
+    ratios = (_resamples(len(weights)) @ values.mean(0)) / (_resamples(len(weights)) @ weights)
+    spread = np.sqrt(_seed_variance(_linearised(values, weights)))
+    moves = spread * _seed_draws(len(values), number)
     # With both signs, swapping the two rows mirrors the interval exactly.
-    resampled = np.concatenate([ratios + moves, ratios - moves])
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Difference(float(z.mean()), float(low), float(high))
+    both: Array = np.concatenate([ratios + moves, ratios - moves])
+    return both
 
 
 def _linearised(values: Array, weights: Array) -> Array:
@@ -202,9 +235,8 @@ def _resamples(questions: int) -> Array:
     return counts
 
 
-@functools.lru_cache(maxsize=16)
-def _seed_draws(seeds: int) -> Array:
+def _seed_draws(seeds: int, number: int) -> Array:
     """A draw of Student's t for each resample."""
     if seeds == 1:
         return np.zeros(RESAMPLES)
-    return np.random.default_rng(seeds).standard_t(seeds - 1, RESAMPLES)
+    return np.random.default_rng((seeds, number)).standard_t(seeds - 1, RESAMPLES)

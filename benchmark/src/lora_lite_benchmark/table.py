@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from lora_lite_benchmark.config import Source
 from lora_lite_benchmark.embedded import TASKS
-from lora_lite_benchmark.figures import OURS, UNQUANTISED, Figures, figures, separated_by_loss_alone
+from lora_lite_benchmark.families import separated_by_loss_alone
+from lora_lite_benchmark.figures import OURS, UNQUANTISED, Figures, figures
+from lora_lite_benchmark.multiple import SIGNIFICANT
 from lora_lite_benchmark.results import Result
 from lora_lite_benchmark.rows import REFERENCE, Group, group_rows
-from lora_lite_benchmark.stats import Difference
+from lora_lite_benchmark.sentences import sentences
 
 __all__ = [
     "COLUMNS",
@@ -33,7 +35,7 @@ ABSENT = "–"
 """The cell of a figure that does not apply."""
 
 INSEPARABLE = "≈"
-"""The mark of a difference whose interval includes 0."""
+"""The mark of a difference that may be chance, among as many as the table has."""
 
 PAIRS_SHOWN = 6
 
@@ -76,23 +78,26 @@ def _file_size(full: int, slim: int | None) -> str:
     return f"{full / 1000:,.0f} (slim {slim / 1000:,.0f})"
 
 
-def _percent_difference(value: float, low: float, high: float) -> str:
-    cell = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return cell + _mark(Difference(value, low, high))
+def _percent_difference(value: float, low: float, high: float, p: float) -> str:
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{_mark(p)}"
 
 
-def _loss_difference(value: float, low: float, high: float) -> str:
-    cell = f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
-    return cell + _mark(Difference(value, low, high))
+def _loss_difference(value: float, low: float, high: float, p: float) -> str:
+    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]{_mark(p)}"
 
 
-def _mark(difference: Difference) -> str:
-    return "" if difference.separable else f" {INSEPARABLE}"
+def _mark(p: float) -> str:
+    return "" if p < SIGNIFICANT else f" {INSEPARABLE}"
 
 
 def _with_ends(name: str) -> tuple[str, str, str]:
-    """A difference and the two ends of its interval."""
+    """A figure and the two ends of its interval."""
     return name, f"{name}_low", f"{name}_high"
+
+
+def _with_p(name: str) -> tuple[str, ...]:
+    """A difference, the two ends of its interval, and its p."""
+    return *_with_ends(name), f"{name}_p"
 
 
 COLUMNS = (
@@ -114,12 +119,12 @@ COLUMNS = (
     Column("init s", ("init_s",), "{:.2f}".format),
     Column("peak MB", ("peak_memory_bytes",), _megabytes),
     Column("file kB", ("file_bytes", "slim_file_bytes"), _file_size),
-    Column(f"% - {REFERENCE}", _with_ends(f"accuracy_minus_{REFERENCE}"), _percent_difference),
-    Column(f"loss - {REFERENCE}", _with_ends(f"loss_minus_{REFERENCE}"), _loss_difference),
-    Column("loss - lora-lite", _with_ends(f"loss_minus_{OURS}"), _loss_difference),
+    Column(f"% - {REFERENCE}", _with_p(f"accuracy_minus_{REFERENCE}"), _percent_difference),
+    Column(f"loss - {REFERENCE}", _with_p(f"loss_minus_{REFERENCE}"), _loss_difference),
+    Column("loss - lora-lite", _with_p(f"loss_minus_{OURS}"), _loss_difference),
     Column("curve - lora-lite", (f"curve_minus_{OURS}",), "{:.1e}".format),
-    Column(f"% - {UNQUANTISED}", _with_ends(f"accuracy_minus_{UNQUANTISED}"), _percent_difference),
-    Column(f"loss - {UNQUANTISED}", _with_ends(f"loss_minus_{UNQUANTISED}"), _loss_difference),
+    Column(f"% - {UNQUANTISED}", _with_p(f"accuracy_minus_{UNQUANTISED}"), _percent_difference),
+    Column(f"loss - {UNQUANTISED}", _with_p(f"loss_minus_{UNQUANTISED}"), _loss_difference),
 )
 
 ONLY_IF_VARIED = {"seeds", "steps"}
@@ -160,7 +165,10 @@ def make_tables(results: Sequence[Result]) -> list[Table]:
 
 
 def _table(group: Group) -> Table:
-    rows = tuple(figures(row, group) for row in group.rows)
+    rows = figures(group)
+    rows = tuple(
+        {**row, "sentence": sentence} for row, sentence in zip(rows, sentences(rows), strict=True)
+    )
     columns = {column.title: [column.cell(row) for row in rows] for column in COLUMNS}
     shown = {title: cells for title, cells in columns.items() if _is_worth_showing(title, cells)}
     return Table(
@@ -291,7 +299,8 @@ def _compared(group: Group) -> list[str]:
         "of 95 %."
     )
     sentences.append(
-        f"{INSEPARABLE} marks a difference that the questions do not separate from none."
+        f"{INSEPARABLE} marks one that may be chance among as many as this table has: p is "
+        f"{SIGNIFICANT} or more after a step-down max-T correction."
     )
     if not group.generates:
         return sentences

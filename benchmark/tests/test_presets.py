@@ -11,10 +11,12 @@ import torch
 from lora_lite_benchmark.cli import main
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.full import FullModel
 from lora_lite_benchmark.models import load_model
 from lora_lite_benchmark.preset import Preset, preset_names, resolve
 from lora_lite_benchmark.results import load_results
-from lora_lite_benchmark.variants import compared_variants
+from lora_lite_benchmark.variants import adapter_arguments, compared_variants
+from transformers import LlamaConfig, LlamaForCausalLM
 
 Make = Callable[..., RunConfig]
 
@@ -58,6 +60,29 @@ The parameters are as published where the method was: r (d_in + d_out) and so on
 """
 
 
+ON_LLAMA = {
+    "lora": 9_175_040,
+    "lora:r=64": 18_350_080,
+    "dora": 9_289_728,
+    "adalora": 18_353_664,
+    "delora": 9_175_096,
+    "loha": 18_350_080,
+    "lokr": 2_294_656,
+    "oft": 8_171_520,
+    "hira": 9_175_040,
+    "miss": 7_340_032,
+    "c3a": 5_505_024,
+    "shira": 9_175_040,
+    "fourierft": 56_000,
+    "vera": 129_024,
+    "randlora": 9_289_728,
+    "vb_lora": 1_212_416,
+    "road": 229_376,
+    "full": 3_212_749_824,
+}
+"""Trainable parameters in the results of PEFT's comparison of methods on Llama-3.2-3B."""
+
+
 @pytest.fixture(scope="module")
 def full_size() -> ModuleType:
     """The script that measures the full size; its numbers are those of the model."""
@@ -95,6 +120,34 @@ def test_published_costs_come_out(full_size: ModuleType) -> None:
     }
     assert costs == {name: PUBLISHED[name] for name in costs}
     assert {"lora", "antipasto"} <= costs.keys()
+
+
+def test_rows_on_llama_have_the_size_that_peft_published() -> None:
+    """On a model of Llama-3.2-3B's configuration, without weights, each row of the preset has as
+    many parameters as the same method in PEFT's comparison; its one row IA3 is two rows here.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128_256,
+                hidden_size=3_072,
+                intermediate_size=8_192,
+                num_hidden_layers=28,
+                num_attention_heads=24,
+                num_key_value_heads=8,
+                tie_word_embeddings=True,
+            )
+        )
+    preset = Preset.load("llama-3.2-3b")
+
+    def parameters(row: str) -> int:
+        config = resolve(preset, row)
+        return ll.plan(model, config.variant, **adapter_arguments(config)).parameters
+
+    rows = [row for row in ON_LLAMA if row != "full"]
+    assert {row: parameters(row) for row in rows} == {row: ON_LLAMA[row] for row in rows}
+    assert parameters("ia3") + parameters("ia3_ff") == 286_720
+    assert FullModel(model.to_empty(device="meta")).num_parameters == ON_LLAMA["full"]
 
 
 def test_all_linear_leaves_out_what_is_too_narrow(full_size: ModuleType) -> None:

@@ -10,6 +10,7 @@ import lora_lite as ll
 
 from lora_lite_benchmark.config import FieldValue, RunConfig
 from lora_lite_benchmark.files import write_text
+from lora_lite_benchmark.merge import merge
 from lora_lite_benchmark.options import (
     add_run_options,
     add_sweep_options,
@@ -102,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(command=_plot)
 
+    merging = commands.add_parser(
+        "merge",
+        help="put the finished runs of several directories into one",
+        description="Put the finished runs of several directories, of several machines or people, "
+        "into one, after checking that they belong together.",
+    )
+    merging.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    merging.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the directory to make"
+    )
+    merging.set_defaults(command=_merge)
+
     for command in (table, report, plot):
         command.add_argument(
             "out", type=Path, metavar="DIR", help="the directory that `run` was given as --out"
@@ -124,6 +137,8 @@ def _run(options: argparse.Namespace) -> int:
     configs = plan(options)
     # Weights load in a moment. The bars that remain are those of training and testing.
     disable_progress_bar()
+    if options.estimate:
+        return _estimate(configs)
     results, failures = run_all(configs, options.out, _report_outcome)
     stop()
     if is_main_process():
@@ -135,6 +150,21 @@ def _run(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return SOME_FAILED if failures else SUCCESS
+
+
+def _estimate(configs: Sequence[RunConfig]) -> int:
+    """Print what the runs would cost, a row after the other."""
+    from lora_lite_benchmark.estimate import estimate, estimate_table
+
+    rows: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        rows.setdefault(config.row_hash, []).append(config)
+    estimates = []
+    for number, row in enumerate(rows.values(), start=1):
+        print(f"{row[0].label}: row {number} of {len(rows)}", file=sys.stderr, flush=True)
+        estimates.append(estimate(row))
+    print(estimate_table(estimates))
+    return SUCCESS
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -191,7 +221,13 @@ def _write_outputs(results: list[Result], out: Path) -> None:
         _save_plot([table.group for table in tables], out / PLOT_FILE)
 
 
-# --- table, report, plot, presets
+# --- merge, table, report, plot, presets
+
+
+def _merge(options: argparse.Namespace) -> int:
+    results = merge(options.folders, options.out)
+    _write_outputs(results, options.out)
+    return SUCCESS
 
 
 def _table(options: argparse.Namespace) -> int:

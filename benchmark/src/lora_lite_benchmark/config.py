@@ -215,6 +215,11 @@ class RunConfig(Record):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
+    def row_hash(self) -> str:
+        """Like `hash`, and equal for the runs of one row, whose seeds differ."""
+        return self.model_copy(update={"seed": 0}).hash
+
+    @property
     def folder(self) -> str:
         prefix = "peft-" if self.implementation == "peft" else ""
         return f"{prefix}{self.variant}-{self.hash}"

@@ -14,7 +14,7 @@ from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import model_digest
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_skeleton", "load_tokenizer"]
 
 QUANTIZATION_PACKAGES = ("bitsandbytes", "lora_lite_bitsandbytes")
 
@@ -34,6 +34,16 @@ def load_model(config: RunConfig, device: torch.device | str = "cpu") -> nn.Modu
     if not quantized:
         model = model.to(device)
     return model.eval()
+
+
+def load_skeleton(config: RunConfig) -> nn.Module:
+    """The base without its weights, to count on. Raises BenchmarkError as `load_model` does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = _load(AutoConfig, config.model, config.model_sha256, config.revision)
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(settings)
+    return skeleton
 
 
 def _quantization(config: RunConfig, dtype: torch.dtype) -> Any:

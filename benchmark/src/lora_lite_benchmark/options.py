@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, FieldValue, RunConfig, Source
 from lora_lite_benchmark.embedded import TASKS
+from lora_lite_benchmark.equal_size import RANK, nearest_rank, parse_count
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.preset import ALL, Preset, parse_assignment, preset_names, resolve
 from lora_lite_benchmark.sweep import FACTORS, Choice, load_choices
@@ -73,11 +74,22 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="a field of every variant in this run; may be repeated",
     )
+    run.add_argument(
+        "--parameters",
+        metavar="COUNT",
+        help="give every row the rank at which it comes nearest to so many parameters (8000, 8k); "
+        "rows without a rank keep their size",
+    )
     run.add_argument("--no-base", action="store_true", help="leave out the row `base`")
     run.add_argument(
         "--no-test",
         action="store_true",
         help="use the validation problems alone, to choose settings",
+    )
+    run.add_argument(
+        "--estimate",
+        action="store_true",
+        help="measure a few steps and answers of every row, and print what the runs would cost",
     )
     run.add_argument(
         "--model", metavar="DIR|HUB_ID", help="a local directory, a hub id, `tiny` or `skill`"
@@ -198,11 +210,15 @@ def _plan_preset(options: argparse.Namespace, preset: Preset) -> Iterator[RunCon
         choice = choices.get(row)
         if choice is not None:
             row_fields = {**(row_fields or {}), **choice.chosen.fields} or None
-        chosen = _chosen(choice)
+        chosen = {**overrides, **_chosen(choice)}
+        if options.parameters:
+            wanted = parse_count(options.parameters)
+            rank = nearest_rank(resolve(preset, row, row_fields, **chosen), wanted)
+            row_fields = row_fields if rank is None else {**(row_fields or {}), RANK: rank}
         for arm in preset.arms:
             name = f"{row}@{arm}" if arm and not own_arm else row
             for seed in options.seeds:
-                yield resolve(preset, name, row_fields, **{**overrides, **chosen}, seed=seed)
+                yield resolve(preset, name, row_fields, **chosen, seed=seed)
 
 
 def _chosen(choice: Choice | None) -> dict[str, Any]:

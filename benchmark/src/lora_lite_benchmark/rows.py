@@ -13,7 +13,7 @@ from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.results import Result, Split
 from lora_lite_benchmark.stats import Scores, scores_of
 
-__all__ = ["REFERENCE", "Group", "Row", "group_rows"]
+__all__ = ["COMPARABLE", "REFERENCE", "Group", "Row", "group_rows"]
 
 REFERENCE = "lora"
 """The row that the others are compared with: on the same questions, on the same kind of base, and
@@ -125,9 +125,9 @@ class Group:
 
     def _with(self, row: Row, **settings: str) -> Row | None:
         """The other row whose config differs from that of `row` in these settings alone."""
-        wanted = _identity(row.config.model_copy(update=settings))
+        wanted = row.config.model_copy(update=settings).row_hash
         for other in self.rows:
-            if other is not row and _identity(other.config) == wanted:
+            if other is not row and other.config.row_hash == wanted:
                 return other
         return None
 
@@ -138,7 +138,7 @@ def group_rows(results: Sequence[Result]) -> list[Group]:
     """
     runs_of_a_row: dict[str, list[Result]] = {}
     for result in results:
-        runs_of_a_row.setdefault(_identity(result.config), []).append(result)
+        runs_of_a_row.setdefault(result.config.row_hash, []).append(result)
     groups: dict[str, list[Row]] = {}
     for runs in runs_of_a_row.values():
         row = Row(tuple(sorted(runs, key=lambda run: run.config.seed)))
@@ -150,11 +150,6 @@ def _comparable(config: RunConfig) -> str:
     """The same for rows that can be compared, wherever their files lie."""
     settings = {name: value for name, value in config.identity.items() if name in COMPARABLE}
     return json.dumps(settings, sort_keys=True)
-
-
-def _identity(config: RunConfig) -> str:
-    """A hash that does not depend on the seed: all runs of a row have the same."""
-    return config.model_copy(update={"seed": 0}).hash
 
 
 def _order(row: Row) -> tuple[bool, int | float, str]:

@@ -36,7 +36,7 @@ from lora_lite_benchmark.train import epoch_order, train
 from lora_lite_benchmark.variants import AnyAdapter, attach_adapter
 from lora_lite_benchmark.verify import Macs, check_macs
 
-__all__ = ["run_one"]
+__all__ = ["attach", "run_one"]
 
 
 def run_one(config: RunConfig, out: Path) -> Result:
@@ -52,7 +52,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
         return finished
 
     setup = prepare(config, folder, accelerator)
-    attached = _attach(setup)
+    attached = attach(setup)
     adapter = attached.adapter
     found = Found(
         attached=attached,
@@ -69,7 +69,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
 # --- attach and check
 
 
-def _attach(setup: Setup) -> Attached:
+def attach(setup: Setup) -> Attached:
     """Put the adapter on the model. A variant that calibrates takes a pass over training rows."""
     calibration = TimedPass(_calibration_batches(setup), setup.device)
     started = time.perf_counter()

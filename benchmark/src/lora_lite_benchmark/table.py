@@ -279,9 +279,12 @@ def _footnote(group: Group) -> str:
 
 def _measured(runs: Sequence[Result]) -> list[str]:
     """How times, memory and sizes were measured."""
-    machine = runs[-1].machine
+    machines = {
+        f"{run.machine['device']} ({run.machine['name']}, {run.machine['threads']} threads)": None
+        for run in runs
+    }
+    where = " and on ".join(machines)
     memory = {run.measurements.peak_memory_of for run in runs}
-    where = f"{machine['device']} ({machine['name']}, {machine['threads']} threads)"
     return [
         f"Inference × and step × were measured on {where}: {RATIOS}",
         f"The peak of memory is that of the {' or '.join(sorted(memory))} in training.",

@@ -18,6 +18,7 @@ from lora_lite_benchmark.peft_adapter import PEFT_PACKAGES, PeftAdapter
 
 __all__ = [
     "AnyAdapter",
+    "adapter_arguments",
     "attach_adapter",
     "compared_variants",
     "load_adapter",
@@ -95,6 +96,15 @@ def attach_adapter(model: nn.Module, config: RunConfig, calibration: Iterable[An
 
 
 def _attach(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> ll.Adapter:
+    arguments = adapter_arguments(config)
+    plan = ll.plan(model, config.variant, **arguments)
+    if any(placement.variant.observe(placement.site) for placement in plan.placements):
+        arguments["calibration"] = calibration
+    return ll.attach(model, config.variant, seed=config.seed, **arguments)
+
+
+def adapter_arguments(config: RunConfig) -> dict[str, Any]:
+    """The layers and the fields of a row, as `ll.plan` and `ll.attach` take them."""
     arguments: dict[str, Any] = {
         "targets": config.targets,
         "exclude": config.exclude,
@@ -102,11 +112,7 @@ def _attach(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> 
         **config.fields,
     }
     # None stands for the core's own default.
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    plan = ll.plan(model, config.variant, **arguments)
-    if any(placement.variant.observe(placement.site) for placement in plan.placements):
-        arguments["calibration"] = calibration
-    return ll.attach(model, config.variant, seed=config.seed, **arguments)
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def load_adapter(model: nn.Module, config: RunConfig, path: Path) -> None:

@@ -14,17 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 
-__all__ = ["SPECIAL_ROWS", "FieldValue", "Record", "RunConfig", "Source"]
+__all__ = ["SOURCES", "SPECIAL_ROWS", "SPLITS", "FieldValue", "Record", "RunConfig", "Source"]
 
 SPECIAL_ROWS = ("base", "full")
 """Rows without an adapter: the base as it is, and the base with every weight trained."""
 
 SPLITS = ("train", "validation", "test")
+SOURCES = (*SPLITS, "forgetting")
 
 NOT_IDENTITY = {"preset", "label", "checkpoint_every", "trials"}
 """Settings that do not change the result. They are left out of the hash."""
 
-ADDED_LATER = {"implementation"}
+ADDED_LATER = {"implementation", "forgetting", "scales"}
 """Settings that the first version did not have. Left as they are, they do not change the hash, so
 that the runs of that version are still those of their configs.
 """
@@ -43,6 +44,8 @@ TRAINING = {
     "calibration_rows",
     "perturb",
     "implementation",
+    "forgetting",
+    "scales",
     "fields",
     "targets",
     "exclude",
@@ -79,7 +82,8 @@ class Source(Record):
 
     path: str
     name: str | None = None
-    split: Literal["train", "validation", "test"] = "train"
+    # "home" is of embedded tasks alone: what their base was pretrained on.
+    split: Literal["train", "validation", "test", "home"] = "train"
     start: Annotated[int, Field(ge=0)] = 0
     count: PositiveInt | None = None
     sha256: str | None = None
@@ -119,6 +123,10 @@ class RunConfig(Record):
     train: Source
     validation: Source | None = None
     test: Source | None = None
+    # Held-out text of the base's own distribution: its loss before and after training.
+    forgetting: Source | None = None
+    # At these scales of the adapter, forgetting and the loss on the task are measured too.
+    scales: tuple[Annotated[float, Field(ge=0)], ...] = ()
     # The answer follows as " {answer}" and the end-of-text token.
     prompt: str = "Question: {question}\nAnswer:"
 
@@ -198,12 +206,12 @@ class RunConfig(Record):
         left_out = NOT_IDENTITY | (TRAINING if self.variant == "base" else set())
         values = self.model_dump(mode="json", exclude=left_out)
         for setting in ADDED_LATER & values.keys():
-            if values[setting] == RunConfig.model_fields[setting].default:
+            if getattr(self, setting) == RunConfig.model_fields[setting].default:
                 del values[setting]
         if values["model_sha256"]:
             del values["model"]
-        for split in SPLITS:
-            source = values.get(split)
+        for name in SOURCES:
+            source = values.get(name)
             if source and source["sha256"]:
                 del source["path"]
         return values

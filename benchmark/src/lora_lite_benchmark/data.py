@@ -23,6 +23,7 @@ __all__ = [
     "Problem",
     "collate",
     "encode",
+    "held_out_examples",
     "load_problems",
     "prompt_ids",
     "training_examples",
@@ -36,6 +37,13 @@ IGNORED = -100
 
 EMBEDDED_TRAINING_ROWS = 10_000
 """How many embedded training problems are made if the source does not say."""
+
+EMBEDDED_HOME_ROWS = 200
+"""How many problems of what an embedded base was pretrained on."""
+
+TEXT = "text"
+SHORTEST_TEXT = 200
+"""In letters: shorter rows of a data set of texts are titles and empty lines."""
 
 
 class Problem(NamedTuple):
@@ -76,8 +84,7 @@ def load_problems(source: Source) -> list[Problem]:
     Raises BenchmarkError if it cannot be read, has no such rows, has other columns, or has a row
     without text.
     """
-    task = TASKS.get(source.path)
-    rows = _embedded_rows(task, source) if task else _dataset(source)
+    rows = _rows(source)
     stop = None if source.count is None else source.start + source.count
     chosen = range(len(rows))[source.start : stop]
     if not chosen:
@@ -97,6 +104,35 @@ def load_problems(source: Source) -> list[Problem]:
     return problems
 
 
+def _rows(source: Source) -> Any:
+    """A list or a `datasets.Dataset` of all rows."""
+    task = TASKS.get(source.path)
+    return _embedded_rows(task, source) if task else _dataset(source)
+
+
+def held_out_examples(tokenizer: Any, config: RunConfig) -> list[Example]:
+    """The rows of `config.forgetting` as tokens: texts, of which every token counts but the first,
+    or problems, of which the answer counts. Long ones are cut at `max_tokens`. Empty without it.
+    """
+    source = config.forgetting
+    if source is None:
+        return []
+    rows = _rows(source)
+    if TEXT not in rows[0]:
+        problems = load_problems(source)
+        examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
+        return [example for example in examples if len(example.ids) <= config.max_tokens]
+    texts = [row[TEXT] for row in rows if len(row[TEXT]) >= SHORTEST_TEXT]
+    stop = None if source.count is None else source.start + source.count
+    if not texts[source.start : stop]:
+        raise BenchmarkError(
+            f"{source.path} has no text of {SHORTEST_TEXT} letters from number {source.start} on",
+            expected=f"Its column `{TEXT}` has {len(texts)} of them",
+        )
+    ids = tokenizer(texts[source.start : stop]).input_ids
+    return [Example(each[: config.max_tokens], 1) for each in ids]
+
+
 def _columns(source: Source, given: Sequence[str]) -> tuple[str, str]:
     """The names of the question's and the answer's column."""
     for question, answer in COLUMNS:
@@ -112,6 +148,8 @@ def _embedded_rows(task: EmbeddedTask, source: Source) -> list[dict[str, str]]:
     stop = None if source.count is None else source.start + source.count
     if source.split == "train":
         return task.train(stop or EMBEDDED_TRAINING_ROWS)
+    if source.split == "home":
+        return task.home(stop or EMBEDDED_HOME_ROWS)
     make = task.validation if source.split == "validation" else task.test
     return make(stop) if stop else make()
 

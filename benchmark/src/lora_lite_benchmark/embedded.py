@@ -23,6 +23,7 @@ class EmbeddedTask:
         train: that many training problems.
         validation: that many validation problems, or all.
         test: that many test problems, or all.
+        home: that many problems of what the model was pretrained on, which it has not seen.
     """
 
     model_dir: Path
@@ -31,6 +32,7 @@ class EmbeddedTask:
     train: Callable[[int], list[dict[str, str]]]
     validation: Callable[..., list[dict[str, str]]]
     test: Callable[..., list[dict[str, str]]]
+    home: Callable[[int], list[dict[str, str]]]
 
 
 TASKS = {
@@ -41,6 +43,7 @@ TASKS = {
         tiny.train_problems,
         tiny.validation_problems,
         tiny.test_problems,
+        tiny.home_problems,
     ),
     "skill": EmbeddedTask(
         skill.MODEL_DIR,
@@ -50,6 +53,7 @@ TASKS = {
         skill.train_problems,
         skill.validation_problems,
         skill.test_problems,
+        skill.home_problems,
     ),
 }
 """By the name that stands for the model and for its problems."""

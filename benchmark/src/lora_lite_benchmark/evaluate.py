@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from lora_lite_benchmark.answers import final_number, is_correct
 from lora_lite_benchmark.config import RunConfig
-from lora_lite_benchmark.data import IGNORED, Batch, Problem, collate, encode, prompt_ids
+from lora_lite_benchmark.data import IGNORED, Batch, Example, Problem, collate, encode, prompt_ids
 from lora_lite_benchmark.processes import in_shards
 from lora_lite_benchmark.results import Outcome
 
-__all__ = ["evaluate", "generate", "nats", "score"]
+__all__ = ["evaluate", "generate", "nats", "score", "weigh"]
 
 
 def evaluate(
@@ -86,7 +86,6 @@ def generate(
     return in_shards(batches, write, accelerator, f"{name}: generate")
 
 
-@torch.no_grad()
 def score(
     model: Any,
     tokenizer: Any,
@@ -97,15 +96,28 @@ def score(
 ) -> list[tuple[float, int]]:
     """For each problem, the nats of its reference answer and how many tokens that answer has."""
     examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
+    return weigh(model, tokenizer, config, examples, name, accelerator)
 
-    def weigh(rows: list[int]) -> list[tuple[float, int]]:
+
+@torch.no_grad()
+def weigh(
+    model: Any,
+    tokenizer: Any,
+    config: RunConfig,
+    examples: Sequence[Example],
+    name: str,
+    accelerator: Accelerator,
+) -> list[tuple[float, int]]:
+    """For each example, the nats of the tokens that count, and how many these are."""
+
+    def one_batch(rows: list[int]) -> list[tuple[float, int]]:
         chosen = [examples[row] for row in rows]
         losses = nats(model, collate(chosen, tokenizer.pad_token_id).to(model.device)).tolist()
         tokens = [len(example.ids) - example.start for example in chosen]
         return list(zip(losses, tokens, strict=True))
 
     batches = _batches((len(example.ids) for example in examples), config.eval_batch_size)
-    return in_shards(batches, weigh, accelerator, f"{name}: loss")
+    return in_shards(batches, one_batch, accelerator, f"{name}: loss")
 
 
 def nats(model: nn.Module, batch: Batch) -> Tensor:

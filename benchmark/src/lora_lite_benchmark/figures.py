@@ -51,6 +51,8 @@ def _figures(row: Row, group: Group, families: Mapping[str, Family]) -> Figures:
         "trials": config.trials,
         **_quality("test", row.test, config.generates),
         **_quality("validation", row.validation, config.generates),
+        "forgetting": row.forgotten.value if row.forgotten else None,
+        "forgetting_error": row.forgotten.error if row.forgotten else None,
         **measured,
         "peak_memory_of": row.runs[0].measurements.peak_memory_of,
         f"curve_minus_{OURS}": row.curve_against(group.ours(row)),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lite_benchmark.config import SPLITS, RunConfig
+from lora_lite_benchmark.config import SOURCES, RunConfig
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.results import Result, load_results
 from lora_lite_benchmark.rows import COMPARABLE
@@ -122,8 +122,8 @@ def _without_places(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {}
     if config.model_sha256:
         changes["model"] = Path(config.model).name
-    for split in SPLITS:
-        source = getattr(config, split)
+    for name in SOURCES:
+        source = getattr(config, name)
         if source is not None and source.sha256:
-            changes[split] = source.model_copy(update={"path": Path(source.path).name})
+            changes[name] = source.model_copy(update={"path": Path(source.path).name})
     return config.model_copy(update=changes)

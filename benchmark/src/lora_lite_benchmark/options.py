@@ -104,6 +104,19 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
             f"--{split}-count", type=int, metavar="N", help=f"only the first N {split} rows"
         )
     run.add_argument(
+        "--forgetting",
+        metavar="FILE|HUB_ID[:NAME[:SPLIT]]",
+        help="held-out text of what the base was trained on, in a column `text`, or problems: its "
+        "loss before and after training",
+    )
+    run.add_argument(
+        "--scales",
+        type=float,
+        nargs="*",
+        metavar="SCALE",
+        help="scales of the adapter at which forgetting and the loss on the task are measured too",
+    )
+    run.add_argument(
         "--targets", nargs="+", metavar="REGEX", help="the layers to adapt, by module path"
     )
     run.add_argument(
@@ -253,6 +266,10 @@ def _overrides(options: argparse.Namespace, preset: Preset) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None:
             values[name] = value
+    if options.forgetting is not None:
+        values["forgetting"] = Source.parse(options.forgetting, "home")
+    if options.scales is not None:
+        values["scales"] = options.scales
     for split in SPLITS:
         text = getattr(options, split)
         count = getattr(options, f"{split}_count")
@@ -268,6 +285,9 @@ def _overrides(options: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     if (options.train or options.test) and not options.validation:
         # The preset's validation problems would be of another kind.
         values["validation"] = None
+    if (options.train or options.test or options.model) and not options.forgetting:
+        # The preset's text is of its own model.
+        values["forgetting"] = None
     if options.no_test:
         values["test"] = None
     return values

@@ -19,7 +19,7 @@ from typing import Any
 from lora_lite.errors import did_you_mean
 from pydantic import PositiveFloat, ValidationError
 
-from lora_lite_benchmark.config import SPECIAL_ROWS, SPLITS, FieldValue, Record, RunConfig
+from lora_lite_benchmark.config import SOURCES, SPECIAL_ROWS, FieldValue, Record, RunConfig
 from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import model_digest, sha256
@@ -223,9 +223,9 @@ def _default_lr(variant: str) -> float:
 def _identify_files(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values with absolute paths, and with digests of local and embedded files."""
     result = dict(values)
-    for split in SPLITS:
-        if source := result.get(split):
-            result[split] = _identify_source(source)
+    for name in SOURCES:
+        if source := result.get(name):
+            result[name] = _identify_source(source)
     model = str(result.get("model"))
     folder = TASKS[model].model_dir if model in TASKS else Path(model).expanduser()
     if folder.is_dir():

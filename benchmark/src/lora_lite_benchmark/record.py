@@ -10,7 +10,15 @@ import lora_lite as ll
 
 from lora_lite_benchmark.costs import Costs, Spread
 from lora_lite_benchmark.data import Batch
-from lora_lite_benchmark.results import Measurements, Point, Result, Split, machine, versions
+from lora_lite_benchmark.results import (
+    Forgetting,
+    Measurements,
+    Point,
+    Result,
+    Split,
+    machine,
+    versions,
+)
 from lora_lite_benchmark.setup import Setup
 from lora_lite_benchmark.variants import AnyAdapter, packages
 from lora_lite_benchmark.verify import Macs, logits, reload_agrees
@@ -46,7 +54,7 @@ class Found:
     Attributes:
         macs: those that the adapter adds, as counted.
         peak: the peak of memory in bytes since training began, and what it is of.
-        validation: None if the config has no such problems; so is `test`.
+        validation: None if the config has no such problems; so are `test` and `forgetting`.
     """
 
     attached: Attached
@@ -56,6 +64,7 @@ class Found:
     costs: Costs
     validation: Split | None
     test: Split | None
+    forgetting: Forgetting | None
 
 
 def record(setup: Setup, found: Found) -> Result:
@@ -75,6 +84,7 @@ def record(setup: Setup, found: Found) -> Result:
         reloaded_identical=True if setup.trains else None,
         test=found.test,
         validation=found.validation,
+        forgetting=found.forgetting,
         curve=found.trained.curve,
     )
     result.save(setup.folder)

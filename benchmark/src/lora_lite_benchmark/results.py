@@ -16,6 +16,8 @@ from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 
 __all__ = [
+    "AtScale",
+    "Forgetting",
     "Measurements",
     "Outcome",
     "Point",
@@ -85,6 +87,30 @@ class Split(Record):
         return sum(outcome.nats for outcome in self.outcomes) / tokens
 
 
+class AtScale(Record):
+    """The losses, in nats a token, at a scale of the adapter: on held-out text and on the task."""
+
+    scale: float
+    held_out_loss: float
+    task_loss: float
+
+
+class Forgetting(Record):
+    """The losses on held-out text of the base's own distribution.
+
+    Attributes:
+        before: the nats of each text under the base.
+        after: those under the trained model.
+        tokens: that are counted of each text.
+        scales: the same at scales of the adapter, on the first hundred texts and problems.
+    """
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    tokens: tuple[int, ...]
+    scales: tuple[AtScale, ...] = ()
+
+
 class Point(Record):
     """One step of the training curve.
 
@@ -146,6 +172,7 @@ class Result(Record):
 
     Attributes:
         skipped_rows: training rows that were left out as longer than `max_tokens`.
+        forgetting: None if no text was given.
         reloaded_identical: whether the saved adapter, on a fresh base, gives the trained model's
             logits bit for bit. None if nothing was trained.
     """
@@ -159,6 +186,7 @@ class Result(Record):
     reloaded_identical: bool | None
     test: Split | None
     validation: Split | None
+    forgetting: Forgetting | None = None
     curve: tuple[Point, ...]
 
     @property

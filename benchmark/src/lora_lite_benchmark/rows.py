@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.results import Result, Split
-from lora_lite_benchmark.stats import Scores, scores_of
+from lora_lite_benchmark.stats import Estimate, Scores, estimate, scores_of
 
 __all__ = ["COMPARABLE", "REFERENCE", "Group", "Row", "group_rows"]
 
@@ -69,6 +71,17 @@ class Row:
     def _scores(self, splits: list[Split | None]) -> Scores | None:
         found = [split.outcomes for split in splits if split is not None]
         return scores_of(found, self.seeds or None) if found else None
+
+    @cached_property
+    def forgotten(self) -> Estimate | None:
+        """How much the loss on held-out text has risen, in nats a token, as a mean over the seeds;
+        None if it was not measured.
+        """
+        found = [run.forgetting for run in self.runs if run.forgetting is not None]
+        if len(found) < len(self.runs):
+            return None
+        risen = [np.subtract(each.after, each.before) for each in found]
+        return estimate(np.stack(risen), np.array(found[0].tokens, dtype=float))
 
     def measured(self, name: str) -> int | float | None:
         """The median of a measurement over the runs; None if it does not apply to this row.

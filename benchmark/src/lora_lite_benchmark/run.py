@@ -5,7 +5,7 @@
     check        the adapter costs the MACs that it declares; with `perturb`, its wiring is right
     train        the loop of `train.py`
     measure      the peak of memory; the time of a step and of a forward, in turns with the base
-    evaluate     answers and losses on the validation and the test problems
+    evaluate     answers and losses on the validation and the test problems; what is forgotten
     save         the adapter as a file
     reload       the file on a fresh base
     verify       it gives the trained model's logits, bit for bit
@@ -26,6 +26,7 @@ from lora_lite_benchmark.config import RunConfig, Source
 from lora_lite_benchmark.costs import Costs, against_base, alone
 from lora_lite_benchmark.data import collate, load_problems
 from lora_lite_benchmark.evaluate import evaluate
+from lora_lite_benchmark.forgetting import before, forgetting
 from lora_lite_benchmark.measure import TimedPass, peak_memory, reset_peak_memory, synchronize
 from lora_lite_benchmark.models import load_model
 from lora_lite_benchmark.processes import on_main, same_start, share
@@ -52,6 +53,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
         return finished
 
     setup = prepare(config, folder, accelerator)
+    known = before(setup)
     attached = attach(setup)
     adapter = attached.adapter
     found = Found(
@@ -62,6 +64,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
         costs=_measure(setup, adapter),
         validation=_evaluate(setup, adapter, "validation", config.validation),
         test=_evaluate(setup, adapter, "test", config.test),
+        forgetting=forgetting(setup, adapter, known),
     )
     return on_main(accelerator, lambda: record(setup, found))
 

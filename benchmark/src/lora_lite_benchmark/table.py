@@ -64,6 +64,10 @@ def _percent(share: float, error: float) -> str:
     return f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
+def _rise(value: float, error: float) -> str:
+    return f"{value:+.4f} ± {error:.4f}"
+
+
 def _ratio(median: float, low: float, high: float) -> str:
     return f"{median:.2f} ({low:.2f}–{high:.2f})"
 
@@ -111,6 +115,7 @@ COLUMNS = (
     Column("valid %", ("validation_accuracy", "validation_accuracy_error"), _percent),
     Column("test loss", ("test_loss",), "{:.4f}".format),
     Column("valid loss", ("validation_loss",), "{:.4f}".format),
+    Column("forgetting", ("forgetting", "forgetting_error"), _rise),
     Column("parameters", ("parameters",), "{:,}".format),
     Column("MACs / token", ("macs_per_token",), "{:,}".format),
     Column("inference ×", _with_ends("inference_ratio"), _ratio),

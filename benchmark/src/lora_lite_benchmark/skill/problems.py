@@ -113,3 +113,16 @@ def validation_problems(count: int = 500) -> list[dict[str, str]]:
 def test_problems(count: int = 1319) -> list[dict[str, str]]:
     """Problems to report, in the format of GSM8K and as many."""
     return gsm8k_rows(distinct_problems(problem_abroad, "test", count, 2))
+
+
+def home_problems(count: int) -> list[dict[str, str]]:
+    """Problems of which a sentence names the rule or the custom, as the base has learnt them."""
+    return gsm8k_rows(distinct_problems(_named_at_home, "test", count, 3))
+
+
+def _named_at_home(random: Random) -> tuple[str, str]:
+    """At home, some problems name nothing, and have no right answer. Those are left out."""
+    while True:
+        question, answer = problem_at_home(random)
+        if " Count by " in question:
+            return question, answer

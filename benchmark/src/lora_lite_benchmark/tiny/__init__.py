@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lora_lite_benchmark.tiny.problems import (
     EDITION,
+    home_problems,
     test_problems,
     train_problems,
     validation_problems,
@@ -12,4 +13,11 @@ from lora_lite_benchmark.tiny.problems import (
 MODEL_DIR = Path(__file__).parent / "model"
 """The directory of the model and its tokenizer, for `from_pretrained`."""
 
-__all__ = ["EDITION", "MODEL_DIR", "test_problems", "train_problems", "validation_problems"]
+__all__ = [
+    "EDITION",
+    "MODEL_DIR",
+    "home_problems",
+    "test_problems",
+    "train_problems",
+    "validation_problems",
+]

@@ -134,3 +134,8 @@ def validation_problems(count: int = 500) -> list[dict[str, str]]:
 def test_problems(count: int = 1319) -> list[dict[str, str]]:
     """Problems to report, in the format of GSM8K and as many."""
     return gsm8k_rows(problems(ABROAD, "test", count, 2))
+
+
+def home_problems(count: int) -> list[dict[str, str]]:
+    """Problems of the country that the base grew up in, to see what an adapted one has kept."""
+    return gsm8k_rows(problems(HOME, "test", count, 3))

@@ -21,7 +21,7 @@ from lora_lite_benchmark.options import (
 from lora_lite_benchmark.preset import Preset, preset_names
 from lora_lite_benchmark.results import Result, load_results
 from lora_lite_benchmark.rows import Group, group_rows
-from lora_lite_benchmark.sweep import choose, save_choices
+from lora_lite_benchmark.sweep import choose, has_choices, load_choices, save_choices
 from lora_lite_benchmark.sweep_table import sweep_table
 from lora_lite_benchmark.table import FORMATS, Table, make_tables, to_markdown
 
@@ -140,6 +140,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.estimate:
         return _estimate(configs)
     results, failures = run_all(configs, options.out, _report_outcome)
+    if options.settings and is_main_process():
+        chosen = load_choices(options.settings)
+        save_choices(options.out, options.preset[0], list(chosen.values()))
     stop()
     if is_main_process():
         if results:
@@ -216,7 +219,7 @@ def _write_outputs(results: list[Result], out: Path) -> None:
     print(f"\n{to_markdown(tables)}")
     for name, convert in FORMATS.items():
         write_text(out / TABLE_FILES[name], convert(tables))
-    _save_report(tables, out / REPORT_FILE)
+    _save_report(tables, out)
     if any(result.measurements.parameters for result in results):
         _save_plot([table.group for table in tables], out / PLOT_FILE)
 
@@ -237,14 +240,17 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    _save_report(make_tables(load_results(options.out)), options.to or options.out / REPORT_FILE)
+    _save_report(make_tables(load_results(options.out)), options.out, options.to)
     return SUCCESS
 
 
-def _save_report(tables: list[Table], path: Path) -> None:
+def _save_report(tables: list[Table], out: Path, path: Path | None = None) -> None:
+    """Write the page about `out`, with the sweep whose choices are there."""
     from lora_lite_benchmark.report import make_report
 
-    write_text(path, make_report(tables))
+    path = path or out / REPORT_FILE
+    choices = load_choices(out) if has_choices(out) else {}
+    write_text(path, make_report(tables, list(choices.values())))
     print(f"report: {path}")
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the table, pictures, example answers and the exact configs."""
+"""One self-contained HTML page: what was found, the table, pictures, answers and exact configs."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -7,9 +7,12 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lora_lite_benchmark.plot import accuracy_svg, costs_svg, curves_svg
+from lora_lite_benchmark import charts
+from lora_lite_benchmark.headline import headline
+from lora_lite_benchmark.palette import Palette
 from lora_lite_benchmark.results import Outcome, Result
 from lora_lite_benchmark.rows import Group, Row
+from lora_lite_benchmark.sweep import Choice
 from lora_lite_benchmark.table import Table
 
 __all__ = ["make_report"]
@@ -19,41 +22,93 @@ EXAMPLES = 2
 
 
 class Picture(NamedTuple):
+    title: str
     caption: str
     svg: Markup
 
 
-def make_report(tables: Sequence[Table]) -> str:
-    """The page, which fetches nothing.
+def make_report(tables: Sequence[Table], choices: Sequence[Choice] = ()) -> str:
+    """The page, which fetches nothing. `choices` are those of a sweep.
 
     Every text is escaped, also what models wrote. Only the pictures go in as markup.
     """
+    labels = [row.config.label for table in tables for row in table.group.rows if not row.is_base]
+    palette = Palette([*labels, *(choice.row for choice in choices)])
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = (files("lora_lite_benchmark") / TEMPLATE).read_text(encoding="utf-8")
-    template = environment.from_string(source)
-    return template.render(tables=tables, pictures=pictures, examples=examples, config=config)
+    return environment.from_string(source).render(
+        tables=tables,
+        headlines=[headline(table.figures) for table in tables],
+        colors=Markup(palette.style_sheet()),
+        color_of=lambda row: None if row.is_base else palette.variable(row.config.label),
+        pictures=lambda group: _pictures(group, palette),
+        sweep=_sweep(choices, palette),
+        in_two=_in_two,
+        examples=_examples,
+        config=_config,
+    )
 
 
-def pictures(group: Group) -> list[Picture]:
+def _pictures(group: Group, palette: Palette) -> list[Picture]:
     """The pictures that have something to show. A base alone has no parameters and no curve."""
-    costs = Picture("Time of one training batch, and memory.", Markup(costs_svg(group)))
+    costs = Picture(
+        "Costs",
+        "Time of one training batch as ratios to the base's, with the quartiles of the turns; the "
+        "peak of memory in training.",
+        Markup(charts.costs_svg(group, palette)),
+    )
     if all(row.is_base for row in group.rows):
         return [costs]
-    accuracy = Picture(
+    result = Picture(
+        "Result and size",
         f"{'Accuracy' if group.generates else 'Test loss'} against trainable parameters, ± one "
         "standard error.",
-        Markup(accuracy_svg(group)),
+        Markup(charts.result_svg(group, palette)),
     )
     curves = Picture(
+        "Training",
         "Training loss, mean over the seeds and over a fortieth of the run.",
-        Markup(curves_svg(group)),
+        Markup(charts.curves_svg(group, palette)),
     )
-    return [accuracy, curves, costs]
+    forgetting = Picture(
+        "Learning and forgetting",
+        "A line leads from the base along the scale of the adapter; the point is the adapter as "
+        "it was trained. Down is learning, right is forgetting.",
+        Markup(charts.forgetting_svg(group, palette)),
+    )
+    has_forgotten = any(row.forgotten is not None for row in group.rows)
+    return [result, *([forgetting] if has_forgotten else []), curves, costs]
 
 
-def examples(row: Row) -> list[Outcome]:
+def _sweep(choices: Sequence[Choice], palette: Palette) -> list[Picture]:
+    """How the learning rates were chosen, and how much depends on them."""
+    if not choices:
+        return []
+    curves = Picture(
+        "Learning rates",
+        "Validation loss of every trial; the point is the chosen rate.",
+        Markup(charts.sweep_svg(choices, palette)),
+    )
+    sensitivity = Picture(
+        "Sensitivity",
+        "How far the loss rises at half and at twice the best rate.",
+        Markup(charts.sensitivity_svg(choices, palette)),
+    )
+    return [curves, sensitivity]
+
+
+def _in_two(cell: str) -> tuple[str, str]:
+    """A cell's figure, and what follows it in a second line: its error or its interval."""
+    for mark in (" ±", " [", " ("):
+        figure, found, rest = cell.partition(mark)
+        if found:
+            return figure, found + rest
+    return cell, ""
+
+
+def _examples(row: Row) -> list[Outcome]:
     """The first right and the first wrong answers of the row's first run, if it has answered."""
     if not row.config.generates:
         return []
@@ -63,6 +118,6 @@ def examples(row: Row) -> list[Outcome]:
     return right[:EXAMPLES] + wrong[:EXAMPLES]
 
 
-def config(run: Result) -> str:
+def _config(run: Result) -> str:
     """Everything the run depends on, as JSON: its config, the versions and the machine."""
     return run.model_dump_json(include={"hash", "config", "versions", "machine"}, indent=2)

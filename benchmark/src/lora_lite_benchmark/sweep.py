@@ -24,7 +24,16 @@ from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import write_text
 from lora_lite_benchmark.results import Result
 
-__all__ = ["FACTORS", "Choice", "Trial", "choose", "grid", "load_choices", "save_choices"]
+__all__ = [
+    "FACTORS",
+    "Choice",
+    "Trial",
+    "choose",
+    "grid",
+    "has_choices",
+    "load_choices",
+    "save_choices",
+]
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Multiples of a row's own rate: half a decade apart, over two decades."""
@@ -160,6 +169,11 @@ def save_choices(out: Path, preset: str, choices: Sequence[Choice]) -> None:
     kept.update({choice.row: choice for choice in choices})
     sweep = _Sweep(preset=preset, choices=tuple(kept.values()))
     write_text(path, sweep.model_dump_json(indent=1) + "\n")
+
+
+def has_choices(out: Path) -> bool:
+    """Whether a sweep, or a run with its choices, has left them in this directory."""
+    return (out / FILE).exists()
 
 
 def load_choices(path: Path) -> dict[str, Choice]:

@@ -126,7 +126,6 @@ COLUMNS = (
     Column("file kB", ("file_bytes", "slim_file_bytes"), _file_size),
     Column(f"% - {REFERENCE}", _with_p(f"accuracy_minus_{REFERENCE}"), _percent_difference),
     Column(f"loss - {REFERENCE}", _with_p(f"loss_minus_{REFERENCE}"), _loss_difference),
-    Column("loss - lora-lite", _with_p(f"loss_minus_{OURS}"), _loss_difference),
     Column("curve - lora-lite", (f"curve_minus_{OURS}",), "{:.1e}".format),
     Column(f"% - {UNQUANTISED}", _with_p(f"accuracy_minus_{UNQUANTISED}"), _percent_difference),
     Column(f"loss - {UNQUANTISED}", _with_p(f"loss_minus_{UNQUANTISED}"), _loss_difference),

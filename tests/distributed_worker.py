@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from two_processes import leave
 
 
 class Net(nn.Module):
@@ -113,7 +114,7 @@ def main() -> None:
         run = {"ddp": ddp, "fsdp": fsdp}[mode]
         run(variant, folder, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

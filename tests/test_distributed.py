@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import distributed_worker as here
 import lora_lite as ll
 import pytest
 import torch
+from two_processes import launch
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
-def worker() -> ModuleType:
-    """The worker's module, to run its model and its training in this process too."""
-    spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each way and variant, each trained in by the same two processes."""
     folder = tmp_path_factory.mktemp("runs")
-    here = worker()
     for mode in ("ddp", "fsdp"):
         for variant in ("lora", "antipasto"):
             (folder / f"{mode}-{variant}").mkdir()
             here.prepared(variant)[1].save(folder / f"{mode}-{variant}" / "single")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(WORKER),
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(WORKER, folder)
     return folder
 
 
@@ -60,7 +33,7 @@ def test_two_processes_train_as_one(runs: Path, mode: str, variant: str) -> None
     So gradients are reduced. Both hold the same, and the file loads onto a plain model. Attaching
     afterwards is refused; so is detaching, if the model is sharded.
     """
-    here, folder = worker(), runs / f"{mode}-{variant}"
+    folder = runs / f"{mode}-{variant}"
     model, adapter = here.prepared(variant)
     start = {name: value.clone() for name, value in adapter.state_dict().items()}
     here.train(model, adapter, here.data())

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from two_processes import launch
 
 Make = Callable[..., nn.Module]
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -29,26 +27,7 @@ SHARING = ("vera", "vb_lora", "adalora")  # frozen and trainable tensors that al
 def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(WORKER),
-        str(folder),
-        *VARIANTS,
-        *SHARING,
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(WORKER, folder, *VARIANTS, *SHARING)
     return [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(2)]
 
 

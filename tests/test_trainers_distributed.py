@@ -4,41 +4,15 @@ and resume from checkpoints of adapters.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import trainers_worker as here
+from two_processes import launch
 
 WORKER = Path(__file__).with_name("trainers_worker.py")
-
-
-def worker() -> ModuleType:
-    """The worker's module, to run its training in this process too."""
-    spec = importlib.util.spec_from_file_location("trainers_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def two_processes(folder: Path, mode: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), mode],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "dpo-ddp", "dpo-fsdp"])
@@ -49,8 +23,7 @@ def test_the_trainer_on_two_processes(tmp_path: Path, mode: str) -> None:
     """
     if mode.startswith("dpo"):
         pytest.importorskip("trl")
-    two_processes(tmp_path, mode)
-    here = worker()
+    launch(WORKER, tmp_path, mode)
     run = here.compared if mode.startswith("dpo") else here.trained
     alone, adapter = run(tmp_path / "alone", "alone")
     records = [torch.load(tmp_path / f"record{rank}") for rank in range(2)]
@@ -70,8 +43,7 @@ def test_the_trainer_on_two_processes(tmp_path: Path, mode: str) -> None:
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """From two processes with DDP to one: the rows of a step stay the same, and so do losses."""
-    two_processes(tmp_path, "ddp")
-    here = worker()
+    launch(WORKER, tmp_path, "ddp")
     alone, adapter = here.trained(tmp_path / "alone", "alone")
     resumed, again = here.trained(tmp_path, "alone", str(tmp_path / "checkpoint-2"))
     assert here.losses(resumed) == pytest.approx(here.losses(alone), rel=1e-4)
@@ -81,7 +53,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 def test_fully_shard_by_hand(tmp_path: Path) -> None:
     """save_all and restore_all on sharded parameters: the second half of the run, to the bit."""
-    two_processes(tmp_path, "hand")
+    launch(WORKER, tmp_path, "hand")
     for rank in range(2):
         record = json.loads((tmp_path / f"record{rank}.json").read_text())
         assert record["resumed"] == record["expected"]

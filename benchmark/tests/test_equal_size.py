@@ -61,7 +61,7 @@ def test_counts_are_written_as_people_write_them(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "k", "0", "-3k", "8g", "many"])
+@pytest.mark.parametrize("text", ["", "k", "0", "-3k", "8g", "inf", "many"])
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(BenchmarkError, match="such as 8000, 8k"):
         parse_count(text)

@@ -158,15 +158,19 @@ def _run(options: argparse.Namespace) -> int:
 def _estimate(configs: Sequence[RunConfig]) -> int:
     """Print what the runs would cost, a row after the other."""
     from lora_lite_benchmark.estimate import estimate, estimate_table
+    from lora_lite_benchmark.processes import is_main_process, stop
 
     rows: dict[str, list[RunConfig]] = {}
     for config in configs:
         rows.setdefault(config.row_hash, []).append(config)
     estimates = []
     for number, row in enumerate(rows.values(), start=1):
-        print(f"{row[0].label}: row {number} of {len(rows)}", file=sys.stderr, flush=True)
+        if is_main_process():
+            print(f"{row[0].label}: row {number} of {len(rows)}", file=sys.stderr, flush=True)
         estimates.append(estimate(row))
-    print(estimate_table(estimates))
+    stop()
+    if is_main_process():
+        print(estimate_table(estimates))
     return SUCCESS
 
 

@@ -31,7 +31,7 @@ def parse_count(text: str) -> int:
     digits = text.rstrip("kKmM")
     try:
         count = round(float(digits) * UNITS[text[len(digits) :].lower()])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         count = 0
     if count < 1:
         raise BenchmarkError(

@@ -153,6 +153,31 @@ def test_checkpoints_hold_adapters_and_not_the_model(make: Make) -> None:
         loaded.detach()
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_a_finished_run_that_is_resumed_takes_no_step_more(make: Make, best: bool) -> None:
+    """Its tensors are those that it ended with, or those of the best checkpoint if asked for; the
+    callbacks see an end.
+    """
+    ends = []
+
+    class Watch(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            ends.append(1)
+
+    options: dict[str, Any] = {"max_steps": 3, "save_steps": 1}
+    if best:
+        evaluated = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+        options |= {**evaluated, "eval_dataset": rows()}
+    whole, adapter = make(**options)
+    whole.train()
+    resumed, again = make(**options, callbacks=[Watch()])
+    output = resumed.train(resume_from_checkpoint=True)
+    assert output.global_step == 3
+    assert resumed.state.global_step == 3
+    assert ends == [1]
+    assert same(state(again), state(adapter))
+
+
 def test_what_trains_beside_the_adapter_is_resumed_too(make: Make) -> None:
     """A norm that the user trains as well is in the checkpoint, and comes back to the bit."""
 

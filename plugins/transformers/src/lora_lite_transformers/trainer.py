@@ -23,7 +23,8 @@ import torch
 from lora_lite.training import CONTENTS, contents_of
 from lora_lite.variant import overrides
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from lora_lite_transformers.checkpoints import last_complete, refuse_incomplete
 from lora_lite_transformers.preference import reference_for
@@ -63,6 +64,18 @@ def adapted(trainer: type[Trainer]) -> type[Trainer]:
     return type(f"Adapted{trainer.__name__}", (_Adapted, trainer), {"__doc__": adapted.__doc__})
 
 
+class _FinishedError(Exception):
+    """A run is resumed that has taken all of its steps."""
+
+
+class _NoStepTooMany(TrainerCallback):  # type: ignore[misc]
+    """The Trainer looks at the number of steps after a step: a finished run would take one more."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise _FinishedError
+
+
 class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
     """What `adapted` puts before a trainer's own class."""
 
@@ -72,6 +85,7 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         arguments = inspect.signature(super().__init__).bind_partial(model, *args, **kwargs)
         with accepted_by_trainer(model), reference_for(self, arguments):
             super().__init__(*arguments.args, **arguments.kwargs)
+        self.add_callback(_NoStepTooMany())
         if not ll.adapters(self.model):
             raise ll.AdapterError(
                 f"this {type(self.model).__name__} has no adapter to train",
@@ -160,7 +174,14 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._penalised = None  # a hyperparameter search makes other models
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except _FinishedError:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

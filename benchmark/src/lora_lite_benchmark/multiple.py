@@ -2,9 +2,9 @@
 
 Of twenty rows that are as good as LoRA, one is separable from it by chance, since an interval of
 95 % misses one time in twenty. So a table states for each difference the probability p that one as
-large, measured in its standard errors, is found anywhere in the family if there is none:
+large, measured by its own interval, is found anywhere in the family if there is none:
 
-    T_k = |d_k| / s_k                                s_k: the standard deviation of d_k's resamples
+    T_k = |d_k| / s_k                                s_k: half of the interval of 95 %
     Z_k = |d*_k - mean d*_k| / s_k                   in each resample
     p_(1) = P(max of all Z_k >= T_(1))               for the largest T
     p_(j) = P(max of the Z_k from the j-th on >= T_(j)), and at least p_(j-1)
@@ -48,7 +48,8 @@ def adjusted(family: Sequence[Paired]) -> list[Adjusted]:
 def adjusted_p(family: Sequence[Array], weights: Array) -> list[float]:
     """The p of differences of shape (seeds, questions), each a ratio of sums as in `stats.py`."""
     draws = np.stack([resampled(values, weights, number) for number, values in enumerate(family)])
-    errors = draws.std(axis=1, keepdims=True)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=1)
+    errors = (high - low)[:, None] / 2
     # Two rows with the same outcomes differ by nothing, and never seem to.
     errors[errors == 0] = np.inf
     observed = np.abs(draws.mean(axis=1, keepdims=True) / errors)[:, 0]

@@ -418,7 +418,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"something_new": 3}, "something_new=3"),
-        ({"peft_type": "BOFT"}, "type 'BOFT'.*LORA, IA3"),
+        ({"peft_type": "POLY"}, "type 'POLY'.*LORA, IA3"),
         ({"peft_type": None}, "type None"),
     ],
 )

@@ -82,6 +82,7 @@ TYPES: dict[str, Any] = {
     "lokr": lambda: peft.LoKrConfig(r=3, alpha=5, alpha_pattern={"q_proj": 4}, **NAMES),
     "lokr of low rank": lambda: peft.LoKrConfig(r=1, decompose_factor=2, **NAMES),
     "lokr of two": lambda: peft.LoKrConfig(r=1, decompose_both=True, decompose_factor=4, **NAMES),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=1, **NAMES),
     "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False, **NAMES),
     "miss": lambda: peft.MissConfig(r=3, **NAMES),
     "hira": lambda: peft.HiraConfig(r=3, **NAMES),
@@ -119,6 +120,7 @@ def test_other_types_beside_a_trained_head(
     ("kind", "changes", "reason"),
     [
         ("oft", {"use_cayley_neumann": True}, "use_cayley_neumann=True.*exact transform"),
+        ("boft", {"boft_dropout": 0.1}, "boft_dropout=0.1"),
         ("oft", {"coft": True}, "coft=True"),
         ("oft", {"block_share": True}, "block_share=True"),
         ("oft", {"module_dropout": 0.1}, "module_dropout=0.1"),

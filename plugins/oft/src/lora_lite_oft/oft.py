@@ -21,6 +21,8 @@ from lora_lite.author import Rng, Site, SiteError, Tensors, TensorSpec, Variant
 from pydantic import Field
 from torch import Tensor
 
+from lora_lite_oft.cayley import cayley_offset
+
 # What `prepare` computes: R - I (d_in / b, b, b).
 TURN = "turn"
 
@@ -53,13 +55,7 @@ class OFT(Variant, name="oft"):
         return {"Q": torch.zeros(site.d_in // b, b * (b - 1) // 2)}
 
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
-        b = self.block(site)
-        row, column = torch.triu_indices(b, b, 1, device=t["Q"].device)
-        upper = t["Q"].new_zeros(len(t["Q"]), b * b).index_copy(1, row * b + column, t["Q"])
-        upper = upper.reshape(-1, b, b)
-        q = upper - upper.mT
-        identity = torch.eye(b, dtype=q.dtype, device=q.device)
-        return {TURN: -2 * torch.linalg.solve(identity + q, q)}
+        return {TURN: cayley_offset(t["Q"], self.block(site))}
 
     def delta_input(self, site: Site, t: Tensors, x: Tensor) -> Tensor:
         turn = t[TURN].to(x.dtype)

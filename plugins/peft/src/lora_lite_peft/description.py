@@ -10,7 +10,7 @@ from torch import Tensor
 SHOWN_AS_PATHS = ("target_modules",)
 # The method's part of a tensor's name, after the path of its layer.
 PART = re.compile(
-    r"\.((?:base_layer\.)*(?:lora|hada|lokr|oft|miss|hira|c3a|shira|fourierft|ia3|hra|road|delora"
+    r"\.((?:base_layer\.)*(?:lora|hada|lokr|oft|boft|miss|hira|c3a|shira|fourierft|ia3|hra|road|delora"
     r"|vera|vblora|randlora|token_adapter|trainable_tokens|ln_tuning)\w*(?:\.\w+)*|weight|bias)$"
 )
 

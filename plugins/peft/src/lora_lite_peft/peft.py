@@ -8,8 +8,8 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT itsel
 write or to read.
 
 Writing: `plain_lora` for everything of low rank, `native` for PEFT's own types. Reading:
-`read_lora`, `read_others`, `read_dense` and `read_shared`, by the config's peft_type. What would be
-silently wrong is refused.
+`read_lora`, `read_others`, `read_dense`, `read_shared` and `read_boft`, by the config's peft_type.
+What would be silently wrong is refused.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from lora_lite import Adapter, AdapterError, AdapterFileError
 from lora_lite.author import Base, ForeignAdapter, Format, make_variant
 from lora_lite.progress import Tell
 
-from lora_lite_peft import read_dense, read_others, read_shared
+from lora_lite_peft import read_boft, read_dense, read_others, read_shared
 from lora_lite_peft.description import description
 from lora_lite_peft.files import (
     CONFIG,
@@ -37,7 +37,7 @@ from lora_lite_peft.plain_lora import plain_folder
 from lora_lite_peft.read_lora import read_lora
 from lora_lite_peft.write_beside import beside_folder
 
-READERS = {**read_others.READERS, **read_dense.READERS, **read_shared.READERS}
+READERS = {**read_others.READERS, **read_dense.READERS, **read_shared.READERS, **read_boft.READERS}
 
 
 class Peft(Format):

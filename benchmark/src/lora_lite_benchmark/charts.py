@@ -26,7 +26,6 @@ __all__ = [
     "draw_result",
     "figure_of",
     "forgetting_svg",
-    "name_of",
     "result_svg",
     "sensitivity_svg",
     "sweep_svg",
@@ -80,7 +79,7 @@ def forgetting_svg(group: Group, palette: Palette) -> str:
                 axes.plot(*zip(*at, strict=True), color=color(row), linewidth=1, alpha=0.6)
             x, y = row.forgotten.value, row.judged.loss.value
             axes.plot(x, y, marker="o", color=color(row))
-            labels.append((x, y, name_of(row), color(row)))
+            labels.append((x, y, _name_of(row), color(row)))
         base = next((row for row in group.rows if row.is_base), None)
         if base is not None:
             axes.axhline(base.judged.loss.value, color=INK, linestyle="--", linewidth=1, alpha=0.5)
@@ -103,14 +102,15 @@ def curves_svg(group: Group, palette: Palette) -> str:
         for row in trained:
             steps, losses = _curve(row)
             axes.plot(steps, losses, color=color(row), linewidth=1.4)
-            labels.append((steps[-1], losses[-1], name_of(row), color(row)))
+            labels.append((steps[-1], losses[-1], _name_of(row), color(row)))
         axes.set_xlabel("step")
         axes.set_ylabel("training loss, nats per answer token")
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
         at_ends(axes, labels)
 
-    return _svg(draw, palette, room=_longest(trained), height=max(HIGH, 0.17 * len(trained)))
+    longest = max(len(_name_of(row)) for row in trained)
+    return _svg(draw, palette, room=longest, height=max(HIGH, 0.17 * len(trained)))
 
 
 def costs_svg(group: Group, palette: Palette) -> str:
@@ -118,13 +118,11 @@ def costs_svg(group: Group, palette: Palette) -> str:
     import matplotlib as mpl
 
     rows = list(group.rows)
-    names = [name_of(row) for row in rows]
+    names = [_name_of(row) for row in rows]
     color = _sentinels(palette)
     with mpl.rc_context(STYLE):
-        figure = figure_of(WIDE, 1.1 + 0.26 * len(rows))
+        figure = _figure_of_lines(names)
         ratios, memory = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-        left = (LETTER * max(map(len, names)) + 14) / 72 / WIDE
-        _margins(figure, left)
         figure.subplots_adjust(wspace=0.08)
         for place, row in enumerate(rows):
             _draw_ratio(ratios, row, "step_ratio", place, color(row), filled=True)
@@ -134,9 +132,7 @@ def costs_svg(group: Group, palette: Palette) -> str:
         peaks = [(row.measured("peak_memory_bytes") or 0) / 1e6 for row in rows]
         memory.barh(range(len(rows)), peaks, height=0.5, color=[color(row) for row in rows])
         memory.set_xlabel("MB at the peak")
-        ratios.set_yticks(range(len(rows)), names)
-        ratios.invert_yaxis()
-        ratios.tick_params(axis="y", length=0)
+        _name_lines(ratios, names)
         memory.tick_params(axis="y", length=0)
         return _inline(figure, palette)
 
@@ -170,11 +166,10 @@ def sensitivity_svg(choices: Sequence[Choice], palette: Palette) -> str:
     """For each row, how far the loss is above its best at half and at twice the chosen rate."""
     import matplotlib as mpl
 
+    names = [choice.row for choice in choices]
     with mpl.rc_context(STYLE):
-        figure = figure_of(WIDE, 1.1 + 0.26 * len(choices))
+        figure = _figure_of_lines(names)
         axes = figure.subplots()
-        left = (LETTER * max(len(choice.row) for choice in choices) + 14) / 72 / WIDE
-        _margins(figure, left)
         for place, choice in enumerate(choices):
             tint = palette.sentinel(choice.row)
             rises = {
@@ -187,9 +182,7 @@ def sensitivity_svg(choices: Sequence[Choice], palette: Palette) -> str:
             for mark, rise in rises.items():
                 axes.plot(rise, place, marker=mark, color=tint)
         axes.axvline(0, color=INK, linestyle="--", linewidth=1, alpha=0.5)
-        axes.set_yticks(range(len(choices)), [choice.row for choice in choices])
-        axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
+        _name_lines(axes, names)
         axes.set_xlabel("rise of the loss at half (◂) and at twice (▸) the best rate, nats")
         return _inline(figure, palette)
 
@@ -219,7 +212,7 @@ def draw_result(axes: Any, group: Group, color: Color) -> None:
             continue
         parameters = row.measured("parameters") or 0
         axes.errorbar(parameters, value, error, marker="o", capsize=3, color=color(row))
-        labels.append((parameters, value, name_of(row), color(row)))
+        labels.append((parameters, value, _name_of(row), color(row)))
     axes.set_xscale("log")
     axes.margins(x=0.15, y=0.1)
     axes.autoscale_view()
@@ -288,7 +281,7 @@ def _plain_ticks(axis: Any) -> None:
 # --- figures and their SVG
 
 
-def name_of(row: Row) -> str:
+def _name_of(row: Row) -> str:
     """The row's name, cut if it would leave no room for the picture."""
     name = row.config.label
     return name if len(name) <= LABEL_CHARACTERS else f"{name[: LABEL_CHARACTERS - 1]}…"
@@ -303,18 +296,24 @@ def figure_of(width: float, height: float) -> Any:
     return figure
 
 
-def _longest(rows: Sequence[Row]) -> int:
-    return max(len(name_of(row)) for row in rows)
-
-
 def _sentinels(palette: Palette) -> Color:
     return lambda row: INK if row.is_base else palette.sentinel(row.config.label)
 
 
-def _margins(figure: Any, left: float) -> None:
-    """Room for the names at the left, a share of the width, and for the axis below."""
-    height = figure.get_figheight()
+def _figure_of_lines(names: Sequence[str]) -> Any:
+    """A figure with a line for each name, and room for the names at the left."""
+    height = 1.1 + 0.26 * len(names)
+    figure = figure_of(WIDE, height)
+    left = (LETTER * max(map(len, names)) + 14) / 72 / WIDE
     figure.subplots_adjust(left, 0.5 / height, 0.98, 1 - 0.1 / height)
+    return figure
+
+
+def _name_lines(axes: Any, names: Sequence[str]) -> None:
+    """Write the names at the left, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
 
 
 def _svg(draw: Callable[[Any], None], palette: Palette, room: int = 0, height: float = HIGH) -> str:

@@ -88,6 +88,11 @@ class Source(Record):
     count: PositiveInt | None = None
     sha256: str | None = None
 
+    @property
+    def stop(self) -> int | None:
+        """The first row that is left out; None takes all."""
+        return None if self.count is None else self.start + self.count
+
     @classmethod
     def parse(cls, text: str, split: str) -> dict[str, Any]:
         """The fields that `FILE`, `tiny`, `skill` or `HUB_ID[:NAME[:SPLIT]]` stands for."""

@@ -84,9 +84,11 @@ def load_problems(source: Source) -> list[Problem]:
     Raises BenchmarkError if it cannot be read, has no such rows, has other columns, or has a row
     without text.
     """
-    rows = _rows(source)
-    stop = None if source.count is None else source.start + source.count
-    chosen = range(len(rows))[source.start : stop]
+    return _problems_of(source, _rows(source))
+
+
+def _problems_of(source: Source, rows: Any) -> list[Problem]:
+    chosen = range(len(rows))[source.start : source.stop]
     if not chosen:
         raise BenchmarkError(
             f"{source.path} has no rows from number {source.start} on",
@@ -119,17 +121,17 @@ def held_out_examples(tokenizer: Any, config: RunConfig) -> list[Example]:
         return []
     rows = _rows(source)
     if TEXT not in rows[0]:
-        problems = load_problems(source)
+        problems = _problems_of(source, rows)
         examples = [encode(tokenizer, config.prompt, problem) for problem in problems]
         return [example for example in examples if len(example.ids) <= config.max_tokens]
     texts = [row[TEXT] for row in rows if len(row[TEXT]) >= SHORTEST_TEXT]
-    stop = None if source.count is None else source.start + source.count
-    if not texts[source.start : stop]:
+    chosen = texts[source.start : source.stop]
+    if not chosen:
         raise BenchmarkError(
             f"{source.path} has no text of {SHORTEST_TEXT} letters from number {source.start} on",
             expected=f"Its column `{TEXT}` has {len(texts)} of them",
         )
-    ids = tokenizer(texts[source.start : stop]).input_ids
+    ids = tokenizer(chosen).input_ids
     return [Example(each[: config.max_tokens], 1) for each in ids]
 
 
@@ -145,7 +147,7 @@ def _columns(source: Source, given: Sequence[str]) -> tuple[str, str]:
 
 
 def _embedded_rows(task: EmbeddedTask, source: Source) -> list[dict[str, str]]:
-    stop = None if source.count is None else source.start + source.count
+    stop = source.stop
     if source.split == "train":
         return task.train(stop or EMBEDDED_TRAINING_ROWS)
     if source.split == "home":

@@ -12,7 +12,6 @@ and the memory is the peak of these steps.
 """
 
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +103,13 @@ def _testing_seconds(setup: Setup, problems: Sequence[Problem]) -> float:
     """From one batch of problems of all lengths."""
     size = setup.config.eval_batch_size
     spread = problems[:: max(1, len(problems) // size)][:size]
-    started = time.perf_counter()
-    evaluate(setup.model, setup.tokenizer, setup.config, spread, "estimate", setup.accelerator)
-    return (time.perf_counter() - started) * len(problems) / len(spread)
+    taken, _outcomes = stopwatch(
+        lambda: evaluate(
+            setup.model, setup.tokenizer, setup.config, spread, "estimate", setup.accelerator
+        ),
+        setup.device,
+    )
+    return taken * len(problems) / len(spread)
 
 
 def estimate_table(estimates: Sequence[Estimate]) -> str:

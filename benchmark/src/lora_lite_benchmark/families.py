@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lora_lite_benchmark.multiple import SIGNIFICANT, Adjusted, adjusted
 from lora_lite_benchmark.rows import Group, Row
-from lora_lite_benchmark.stats import Comparison, compare, paired
+from lora_lite_benchmark.stats import Comparison, Paired, comparison_of, paired
 
 __all__ = ["Family", "Judged", "separated_by_loss_alone"]
 
@@ -17,7 +17,6 @@ __all__ = ["Family", "Judged", "separated_by_loss_alone"]
 class Judged(NamedTuple):
     """A row minus another, and how likely such a difference is by chance in the whole family."""
 
-    other: Row
     comparison: Comparison
     p: Adjusted
 
@@ -27,10 +26,9 @@ class Family:
 
     def __init__(self, group: Group, other: Callable[[Row], Row | None]) -> None:
         pairs = [(row, against) for row in group.rows if (against := other(row))]
-        self.judged = {id(row): judged for row, judged in _judge(pairs)}
-
-    def __len__(self) -> int:
-        return len(self.judged)
+        self.judged = {
+            id(row): Judged(comparison_of(pair), p) for row, _other, pair, p in _judge(pairs)
+        }
 
     def of(self, row: Row) -> Judged | None:
         """None if there is no other row, or no seed that both have."""
@@ -43,22 +41,19 @@ def separated_by_loss_alone(group: Group) -> list[tuple[str, str]]:
     """
     trained = [row for row in group.rows if not row.is_base]
     found = [
-        (row.config.label, judged.other.config.label)
-        for row, judged in _judge(combinations(trained, 2))
-        if judged.p.loss < SIGNIFICANT <= judged.p.accuracy
+        (row.config.label, other.config.label)
+        for row, other, _pair, p in _judge(combinations(trained, 2))
+        if p.loss < SIGNIFICANT <= p.accuracy
     ]
     return list(dict.fromkeys(found))
 
 
-def _judge(pairs: Iterable[tuple[Row, Row]]) -> Iterable[tuple[Row, Judged]]:
-    found = []
-    for row, other in pairs:
-        pair = paired(row.judged, other.judged)
-        comparison = compare(row.judged, other.judged)
-        if pair is not None and comparison is not None:
-            found.append((row, other, comparison, pair))
-    ps = adjusted([pair for *_, pair in found])
-    return [
-        (row, Judged(other, comparison, p))
-        for (row, other, comparison, _), p in zip(found, ps, strict=True)
+def _judge(pairs: Iterable[tuple[Row, Row]]) -> list[tuple[Row, Row, Paired, Adjusted]]:
+    """The pairs that have a seed in common, as one family."""
+    found = [
+        (row, other, pair)
+        for row, other in pairs
+        if (pair := paired(row.judged, other.judged)) is not None
     ]
+    ps = adjusted([pair for *_, pair in found])
+    return [(*each, p) for each, p in zip(found, ps, strict=True)]

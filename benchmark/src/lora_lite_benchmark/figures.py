@@ -12,7 +12,7 @@ from lora_lite_benchmark.results import Measurements
 from lora_lite_benchmark.rows import REFERENCE, Group, Row
 from lora_lite_benchmark.stats import Scores
 
-__all__ = ["OURS", "UNQUANTISED", "Figures", "figures"]
+__all__ = ["OURS", "UNQUANTISED", "Figures", "figures", "judged_split"]
 
 Figures = dict[str, str | int | float | None]
 
@@ -60,6 +60,11 @@ def _figures(row: Row, group: Group, families: Mapping[str, Family]) -> Figures:
     for name, family in families.items():
         found |= _difference(name, family.of(row), config.generates)
     return found
+
+
+def judged_split(row: Figures) -> str:
+    """The problems that a row is judged by: the test problems, or else the validation problems."""
+    return "test" if row["test_loss"] is not None else "validation"
 
 
 def _quality(split: str, scores: Scores | None, generates: bool) -> Figures:

@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from lora_lite_benchmark.files import write_atomically
+from lora_lite_benchmark.unbounded import Unbounded
 
 __all__ = ["BaseModel", "FullModel"]
 
 
-class FullModel:
+class FullModel(Unbounded):
     """Full fine-tuning, the most that an adapter could be expected to learn.
 
     Weight decay applies to matrices only.
@@ -48,15 +48,6 @@ class FullModel:
                 "weight_decay": 0.0,
             },
         ]
-
-    def project_after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Does nothing: no parameter is constrained."""
-
-    def penalty(self) -> float:
-        return 0.0
-
-    def frozen(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def disabled(self) -> AbstractContextManager[None]:
         """Does nothing: nothing was added to the model that could be switched off."""

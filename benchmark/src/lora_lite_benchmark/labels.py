@@ -11,6 +11,9 @@ LINE = 11.0
 WIDTH = 5.4
 """The width of a letter."""
 
+DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+"""Where a label may stand beside its point, the best first."""
+
 Label = tuple[float, float, str, Any]
 """x and y in the units of the data, the text, its colour."""
 
@@ -38,7 +41,7 @@ def at_points(axes: Any, labels: Sequence[Label]) -> None:
         best = min(boxes, key=cost)
         taken.append(best)
         dx, dy = best[0] - x, best[1] + LINE / 2 - y
-        is_far = boxes.index(best) >= 8
+        is_far = boxes.index(best) >= len(DIRECTIONS)
         axes.annotate(
             text,
             (data_x, data_y),
@@ -79,9 +82,7 @@ def at_ends(axes: Any, labels: Sequence[Label]) -> None:
 def _places(x: float, y: float, width: float) -> Iterator[Box]:
     """Where a label may stand, the nearest first: right, left, above, below, and further away."""
     for distance in (5.0, 12.0, 22.0, 34.0, 48.0):
-        for dx, dy in (
-            (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1),
-        ):  # fmt: skip
+        for dx, dy in DIRECTIONS:
             start = x + dx * distance - (width if dx < 0 else width / 2 if dx == 0 else 0)
             middle = y + dy * (distance + LINE / 4)
             yield (start, middle - LINE / 2, start + width, middle + LINE / 2)

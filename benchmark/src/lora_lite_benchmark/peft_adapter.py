@@ -9,16 +9,16 @@ and `peft:lora` is the implementation: rounding, time and memory.
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
-import torch
 from lora_lite.fields import make_variant
 from torch import nn
 
 from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.unbounded import Unbounded
 
 __all__ = ["PEFT_PACKAGES", "PeftAdapter", "check_peft"]
 
@@ -43,7 +43,7 @@ def check_peft(variant: str, fields: Mapping[str, Any]) -> None:
         )
 
 
-class PeftAdapter:
+class PeftAdapter(Unbounded):
     """An adapter of PEFT on a model, with what a run needs of an adapter."""
 
     macs_per_token = None
@@ -73,16 +73,6 @@ class PeftAdapter:
         """One group: PEFT does not say which of its tensors decay would harm."""
         parameters = [parameter for _, parameter in self.named_parameters()]
         return [{"params": parameters, "weight_decay": weight_decay}]
-
-    def project_after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Does nothing: PEFT keeps no parameter within bounds."""
-
-    def penalty(self) -> float:
-        return 0.0
-
-    def frozen(self) -> AbstractContextManager[None]:
-        """Does nothing: PEFT computes with an adapter as in training, unless it is merged."""
-        return nullcontext()
 
     def disabled(self) -> AbstractContextManager[None]:
         without: AbstractContextManager[None] = self.wrapped.disable_adapter()

@@ -24,7 +24,7 @@ EXAMPLES = 2
 class Picture(NamedTuple):
     title: str
     caption: str
-    svg: Markup
+    svg: str
 
 
 def make_report(tables: Sequence[Table], choices: Sequence[Choice] = ()) -> str:
@@ -57,7 +57,7 @@ def _pictures(group: Group, palette: Palette) -> list[Picture]:
         "Costs",
         "Time of one training batch as ratios to the base's, with the quartiles of the turns; the "
         "peak of memory in training.",
-        Markup(charts.costs_svg(group, palette)),
+        charts.costs_svg(group, palette),
     )
     if all(row.is_base for row in group.rows):
         return [costs]
@@ -65,18 +65,18 @@ def _pictures(group: Group, palette: Palette) -> list[Picture]:
         "Result and size",
         f"{'Accuracy' if group.generates else 'Test loss'} against trainable parameters, ± one "
         "standard error.",
-        Markup(charts.result_svg(group, palette)),
+        charts.result_svg(group, palette),
     )
     curves = Picture(
         "Training",
         "Training loss, mean over the seeds and over a fortieth of the run.",
-        Markup(charts.curves_svg(group, palette)),
+        charts.curves_svg(group, palette),
     )
     forgetting = Picture(
         "Learning and forgetting",
         "A line leads from the base along the scale of the adapter; the point is the adapter as "
         "it was trained. Down is learning, right is forgetting.",
-        Markup(charts.forgetting_svg(group, palette)),
+        charts.forgetting_svg(group, palette),
     )
     has_forgotten = any(row.forgotten is not None for row in group.rows)
     return [result, *([forgetting] if has_forgotten else []), curves, costs]
@@ -89,12 +89,12 @@ def _sweep(choices: Sequence[Choice], palette: Palette) -> list[Picture]:
     curves = Picture(
         "Learning rates",
         "Validation loss of every trial; the point is the chosen rate.",
-        Markup(charts.sweep_svg(choices, palette)),
+        charts.sweep_svg(choices, palette),
     )
     sensitivity = Picture(
         "Sensitivity",
         "How far the loss rises at half and at twice the best rate.",
-        Markup(charts.sensitivity_svg(choices, palette)),
+        charts.sensitivity_svg(choices, palette),
     )
     return [curves, sensitivity]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lora_lite_benchmark.figures import Figures
+from lora_lite_benchmark.figures import Figures, judged_split
 from lora_lite_benchmark.multiple import SIGNIFICANT
 from lora_lite_benchmark.rows import REFERENCE
 
@@ -29,10 +29,11 @@ def _size(row: Figures) -> str:
 
 def _result(row: Figures) -> str:
     """The accuracy, or the loss of rows that give no answers."""
-    split = "test" if row["test_loss"] is not None else "validation"
+    split = judged_split(row)
     accuracy, error = row[f"{split}_accuracy"], row[f"{split}_accuracy_error"]
     if accuracy is None or error is None:
-        return f"has a {split} loss of {_nats(row, f'{split}_loss')} nats per answer token"
+        loss = float(row[f"{split}_loss"] or 0)
+        return f"has a {split} loss of {loss:.4f} nats per answer token"
     shares = f"{100 * float(accuracy):.1f} % ± {100 * float(error):.1f}"
     return f"solves {shares} of the {split} problems"
 
@@ -60,10 +61,6 @@ def _cost(row: Figures) -> str:
         f"at {float(row['step_ratio']):.2f} times the base's step and "
         f"{float(row['inference_ratio'] or 0):.2f} times its forward"
     )
-
-
-def _nats(row: Figures, name: str) -> str:
-    return f"{float(row[name] or 0):.4f}"
 
 
 def _p(p: float) -> str:

@@ -41,6 +41,7 @@ __all__ = [
     "Paired",
     "Scores",
     "compare",
+    "comparison_of",
     "difference",
     "estimate",
     "paired",
@@ -155,8 +156,11 @@ def paired(row: Scores, reference: Scores) -> Paired | None:
 def compare(row: Scores, reference: Scores) -> Comparison | None:
     """The difference of two rows with its intervals; None if they have no seed in common."""
     pair = paired(row, reference)
-    if pair is None:
-        return None
+    return None if pair is None else comparison_of(pair)
+
+
+def comparison_of(pair: Paired) -> Comparison:
+    """The intervals of a difference."""
     return Comparison(
         accuracy=difference(pair.correct, np.ones(len(pair.tokens))),
         loss=difference(pair.nats, pair.tokens),
@@ -196,7 +200,8 @@ def resampled(values: Array, weights: Array, number: int = 0) -> Array:
 
     Every call draws the same questions. The moves of the seeds are others for another `number`.
     """
-    ratios = (_resamples(len(weights)) @ values.mean(0)) / (_resamples(len(weights)) @ weights)
+    counts = _resamples(len(weights))
+    ratios = (counts @ values.mean(0)) / (counts @ weights)
     spread = np.sqrt(_seed_variance(_linearised(values, weights)))
     moves = spread * _seed_draws(len(values), number)
     # With both signs, swapping the two rows mirrors the interval exactly.

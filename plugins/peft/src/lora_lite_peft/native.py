@@ -40,10 +40,9 @@ def has_native_type(variant: Variant) -> bool:
     """Whether PEFT has a type of its own that computes what `variant` does, so that it can go on
     training from its values.
     """
-    names = {name for theirs in (*WRITERS, *write_dense.WRITERS) for name in theirs}
     if variant.name == "delora":
         return _starts_as_theirs(variant)
-    return variant.name in names
+    return variant.name in NATIVE
 
 
 def native_folder(adapter: Part, base: Base) -> Folder:
@@ -53,10 +52,8 @@ def native_folder(adapter: Part, base: Base) -> Folder:
         AdapterError: its layers need several types, or it has values that the type does not allow.
     """
     names = adapter.names
-    writers = {**WRITERS, **write_dense.WRITERS}
-    known = {name for theirs in writers for name in theirs}
-    if not names & known or not all(map(adapter.is_linear, adapter.sites)):
-        if names & known - set(LORA_LIKE):
+    if not names & NATIVE or not all(map(adapter.is_linear, adapter.sites)):
+        if names & NATIVE - set(LORA_LIKE):
             raise AdapterError(
                 "PEFT adapts embeddings and experts by LoRA alone, and the adapter has "
                 f"{', '.join(sorted(names))}",
@@ -64,7 +61,7 @@ def native_folder(adapter: Part, base: Base) -> Folder:
                 adapter=adapter.name,
             )
         return plain_folder(adapter, base)
-    for theirs, writer in writers.items():
+    for theirs, writer in WRITERS.items():
         if names <= set(theirs):
             return writer(adapter, base)
     raise AdapterError(
@@ -199,4 +196,8 @@ WRITERS: dict[tuple[str, ...], Writer] = {
     ("hra",): _hra,
     ("road",): _road,
     ("delora",): _delora,
+    **write_dense.WRITERS,
 }
+
+NATIVE = frozenset(name for theirs in WRITERS for name in theirs)
+"""The variants that PEFT has a type for."""

@@ -151,6 +151,7 @@ def test_the_saved_adapter_is_the_trained_one(finished: Path) -> None:
         "full": True,
     }
 
+    from accelerate import Accelerator
     from lora_lite_benchmark.data import Example, collate
     from lora_lite_benchmark.errors import BenchmarkError
     from lora_lite_benchmark.verify import logits, reload_agrees
@@ -161,9 +162,11 @@ def test_the_saved_adapter_is_the_trained_one(finished: Path) -> None:
     model = load_model(lora.config)
     ll.load(model, path)
     trained = logits(model, batch)
-    assert reload_agrees(lora.config, path, batch, trained)
+    alone = Accelerator(cpu=True)
+    assert reload_agrees(lora.config, path, batch, trained, alone)
+    other = torch.nextafter(trained, trained + 1)
     with pytest.raises(BenchmarkError, match="gives logits that differ by up to"):
-        reload_agrees(lora.config, path, batch, torch.nextafter(trained, trained + 1))
+        reload_agrees(lora.config, path, batch, other, alone)
 
 
 def test_a_damaged_result_is_named(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from accelerate import Accelerator
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.costs import against_base, alone
 from lora_lite_benchmark.data import Example, collate
@@ -68,7 +69,7 @@ def test_costs_are_ratios_to_the_base_in_training_and_in_answering(make_config: 
     slow_in_training = model.register_forward_pre_hook(
         lambda *_: time.sleep(0.05) if torch.is_grad_enabled() else None
     )
-    costs = against_base(model, adapter.frozen, base, batch)
+    costs = against_base(model, adapter.frozen, base, batch, Accelerator(cpu=True))
     assert costs.inference_ratio is not None
     assert costs.step_ratio is not None
     for ratio in (costs.inference_ratio, costs.step_ratio):
@@ -77,9 +78,9 @@ def test_costs_are_ratios_to_the_base_in_training_and_in_answering(make_config: 
     slow_in_training.remove()
 
     model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
-    slower = against_base(model, adapter.frozen, base, batch)
+    slower = against_base(model, adapter.frozen, base, batch, Accelerator(cpu=True))
     assert slower.inference_ratio is not None
     assert slower.inference_ratio.median > 2 * costs.inference_ratio.median
     assert all(parameter.grad is None for parameter in [*model.parameters(), *base.parameters()])
     assert not any(module._forward_hooks for module in base.modules())
-    assert alone(base, batch).inference_ratio is None
+    assert alone(base, batch, Accelerator(cpu=True)).inference_ratio is None

@@ -164,7 +164,9 @@ def test_a_killed_run_ends_in_the_same_bits(arguments: list[str], tmp_path: Path
     assert not list(tmp_path.glob("*/*/checkpoint.pt"))
 
 
-TIMES = {"forward_ms", "backward_ms", "calibration_s", "init_s", "train_s", "peak_memory_bytes"}
+TIMES = {"forward_ms", "backward_ms", "inference_ms", "calibration_s", "init_s", "train_s"}
+TIMES |= {f"{name}_ratio{end}" for name in ("inference", "step") for end in ("", "_low", "_high")}
+TIMES |= {"peak_memory_bytes"}
 
 
 @pytest.mark.slow

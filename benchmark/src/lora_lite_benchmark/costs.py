@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_lite_benchmark.data import Batch
 from lora_lite_benchmark.evaluate import nats
 from lora_lite_benchmark.measure import stopwatch
+from lora_lite_benchmark.processes import on_main
 
 __all__ = ["Costs", "Spread", "against_base", "alone"]
 
@@ -73,13 +75,15 @@ class Costs:
     step_ratio: Spread | None = None
 
 
-def alone(model: nn.Module, batch: Batch) -> Costs:
+def alone(model: nn.Module, batch: Batch, accelerator: Accelerator) -> Costs:
     """The costs of a base, which is not compared with anything."""
-    forward_ms = _median_ms([_inference(model, batch) for _ in _numbers()][WARMUP:])
+    forward_ms = _median_ms([_inference(model, batch) for _ in _numbers(accelerator)][WARMUP:])
     return Costs(forward_ms, forward_ms)
 
 
-def against_base(model: nn.Module, frozen: Freeze, base: nn.Module, batch: Batch) -> Costs:
+def against_base(
+    model: nn.Module, frozen: Freeze, base: nn.Module, batch: Batch, accelerator: Accelerator
+) -> Costs:
     """The costs of `model`, which has an adapter, and how they compare with those of `base`.
 
     Gradients are thrown away. `frozen` freezes the adapter for the time of a forward.
@@ -88,7 +92,7 @@ def against_base(model: nn.Module, frozen: Freeze, base: nn.Module, batch: Batch
     plain: list[Turn] = []
     base.requires_grad_(False)
     with _differentiable_embeddings(base):
-        for number in _numbers():
+        for number in _numbers(accelerator):
             # Whoever comes second finds warm caches.
             if number % 2:
                 plain.append(_turn(base, nullcontext, batch))
@@ -106,11 +110,13 @@ def against_base(model: nn.Module, frozen: Freeze, base: nn.Module, batch: Batch
     )
 
 
-def _numbers() -> Iterator[int]:
-    """The numbers of the turns, those of the warm-up included."""
+def _numbers(accelerator: Accelerator) -> Iterator[int]:
+    """The numbers of the turns, those of the warm-up included. All processes take as many."""
     start = time.perf_counter()
     for number in range(WARMUP + MOST):
-        if number >= WARMUP + FEWEST and time.perf_counter() - start > ENOUGH_S:
+        if number >= WARMUP + FEWEST and on_main(
+            accelerator, lambda: time.perf_counter() - start > ENOUGH_S
+        ):
             return
         yield number
 

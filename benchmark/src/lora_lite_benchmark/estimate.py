@@ -24,6 +24,7 @@ from lora_lite_benchmark.measure import peak_memory, reset_peak_memory, stopwatc
 from lora_lite_benchmark.processes import share
 from lora_lite_benchmark.run import attach
 from lora_lite_benchmark.setup import Setup, prepare
+from lora_lite_benchmark.sharded import shard
 from lora_lite_benchmark.train import train
 from lora_lite_benchmark.variants import AnyAdapter
 
@@ -62,10 +63,11 @@ class Estimate:
 def estimate(configs: Sequence[RunConfig]) -> Estimate:
     """Measure one row, whose configs differ in their seeds alone."""
     config = configs[0]
-    accelerator = share(config.batch_size)
+    accelerator = share(config)
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(config, Path(folder), accelerator)
         adapter = attach(setup).adapter
+        shard(setup.model, accelerator)
         reset_peak_memory(setup.device)
         step_s = _step_seconds(setup, adapter) if setup.trains else 0.0
         peak_bytes, _of = peak_memory(setup.device)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from lora_lite_benchmark.answers import final_number, is_correct
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.data import IGNORED, Batch, Example, Problem, collate, encode, prompt_ids
-from lora_lite_benchmark.processes import in_shards
+from lora_lite_benchmark.processes import divided, is_sharded
 from lora_lite_benchmark.results import Outcome
 
 __all__ = ["evaluate", "generate", "nats", "score", "weigh"]
@@ -77,13 +77,14 @@ def generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=greedy,
+            synced_gpus=is_sharded(accelerator),
         )
         new_tokens = written[:, ids.shape[1] :]
         texts: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return texts
 
     batches = _batches(map(len, prompts), config.eval_batch_size)
-    return in_shards(batches, write, accelerator, f"{name}: generate")
+    return divided(batches, write, accelerator, f"{name}: generate")
 
 
 def score(
@@ -117,7 +118,7 @@ def weigh(
         return list(zip(losses, tokens, strict=True))
 
     batches = _batches((len(example.ids) for example in examples), config.eval_batch_size)
-    return in_shards(batches, one_batch, accelerator, f"{name}: loss")
+    return divided(batches, one_batch, accelerator, f"{name}: loss")
 
 
 def nats(model: nn.Module, batch: Batch) -> Tensor:

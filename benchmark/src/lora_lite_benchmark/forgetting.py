@@ -1,9 +1,8 @@
 """What an adapter makes its base forget.
 
-The loss on held-out text of the base's own distribution is measured before the adapter comes on the
-base and after it was trained. At some scales of the adapter, from 0 (the base) to beyond 1 (the
-adapter), the same is measured again beside the loss on the task: how much each of them changes on
-the way.
+The loss on held-out text of the base's own distribution is measured before training, without the
+adapter, and after it. At some scales of the adapter, from 0 (the base) to beyond 1 (the adapter),
+the same is measured again beside the loss on the task: how much each of them changes on the way.
 """
 
 from collections.abc import Sequence
@@ -25,12 +24,16 @@ Before = tuple[list[Example], list[float]]
 """The texts, and the nats of each under the base."""
 
 
-def before(setup: Setup) -> Before | None:
-    """What the base makes of the texts; None if the run has none, or trains nothing."""
+def before(setup: Setup, adapter: AnyAdapter) -> Before | None:
+    """What the base makes of the texts; None if the run has none, or trains nothing.
+
+    The rows without an adapter have their base until they are trained.
+    """
     if setup.config.forgetting is None or not setup.trains:
         return None
     texts = held_out_examples(setup.tokenizer, setup.config)
-    return texts, _nats(setup, texts)
+    with adapter.disabled():
+        return texts, _nats(setup, texts)
 
 
 def forgetting(setup: Setup, adapter: AnyAdapter, base: Before | None) -> Forgetting | None:

@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_model
+from lora_lite.layers import whole
+from safetensors.torch import load_model, save_file
 from torch import nn
 
 from lora_lite_benchmark.files import write_atomically
+from lora_lite_benchmark.processes import is_main_process
 from lora_lite_benchmark.unbounded import Unbounded
 
 __all__ = ["BaseModel", "FullModel"]
@@ -54,8 +56,17 @@ class FullModel(Unbounded):
         return nullcontext()
 
     def save(self, path: Path, *, derived: bool = True) -> None:
-        """Write all weights to one safetensors file. None of them are derived from others."""
-        write_atomically(path, lambda temporary: save_model(self.model, str(temporary)))
+        """Write all weights to one safetensors file, tied ones once. None of them are derived from
+        others. Of a model in shards every process calls this, and the main one writes.
+        """
+        once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+        weights = {
+            name: whole(tensor).cpu().contiguous()
+            for name, tensor in self.model.state_dict().items()
+            if name in once
+        }
+        if is_main_process():
+            write_atomically(path, lambda temporary: save_file(weights, temporary))
 
     @staticmethod
     def load(model: nn.Module, path: Path) -> None:

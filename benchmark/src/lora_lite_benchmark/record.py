@@ -1,15 +1,18 @@
 """What a run came to: the adapter saved and proved, and everything that was found as one file.
 
-Only the main process does this.
+The main process alone does this, unless the model is in shards: then all save and reload together,
+and need a common file system.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import lora_lite as ll
 
 from lora_lite_benchmark.costs import Costs, Spread
 from lora_lite_benchmark.data import Batch
+from lora_lite_benchmark.processes import is_sharded, on_main, together
 from lora_lite_benchmark.results import (
     Forgetting,
     Measurements,
@@ -68,18 +71,33 @@ class Found:
 
 
 def record(setup: Setup, found: Found) -> Result:
-    """Save and prove the adapter, write the result, and remove what was needed until then."""
-    config = setup.config
+    """Save and prove the adapter, write the result, and remove what was needed until then.
+
+    Every process calls this and gets the result.
+    """
+    adapter = found.attached.adapter
+    slim: Path | None = None
     if setup.trains:
-        found.attached.adapter.save(setup.adapter_file)
-        _reload_and_verify(setup)
+        together(setup.accelerator, lambda: adapter.save(setup.adapter_file))
+        together(setup.accelerator, lambda: _reload_and_verify(setup))
+    if setup.is_ours:
+        slim = together(setup.accelerator, lambda: _slim_file(setup, adapter))
+    return on_main(setup.accelerator, lambda: _write(setup, found, slim))
+
+
+def _write(setup: Setup, found: Found, slim: Path | None) -> Result:
+    config = setup.config
     result = Result(
         hash=config.hash,
         config=config,
         versions=versions(packages(config)),
-        machine={**machine(setup.device), "processes": setup.accelerator.num_processes},
+        machine={
+            **machine(setup.device),
+            "processes": setup.accelerator.num_processes,
+            "sharding": "FSDP2" if is_sharded(setup.accelerator) else "none",
+        },
         skipped_rows=setup.skipped,
-        measurements=_measurements(setup, found),
+        measurements=_measurements(setup, found, slim),
         # Otherwise `_reload_and_verify` would have raised an error.
         reloaded_identical=True if setup.trains else None,
         test=found.test,
@@ -88,7 +106,7 @@ def record(setup: Setup, found: Found) -> Result:
         curve=found.trained.curve,
     )
     result.save(setup.folder)
-    # Files with a dot were half-written when a run was killed.
+    # Files with a dot are the slim one, and those that were half-written when a run was killed.
     for path in (
         setup.folder / CHECKPOINT_FILE,
         setup.folder / ERROR_FILE,
@@ -101,10 +119,11 @@ def record(setup: Setup, found: Found) -> Result:
 def _reload_and_verify(setup: Setup) -> None:
     """Load the file on a fresh base, and compare its logits with the trained model's."""
     sample = Batch(*(tensor[:VERIFIED_ROWS] for tensor in setup.batch))
-    reload_agrees(setup.config, setup.adapter_file, sample, logits(setup.model, sample))
+    trained = logits(setup.model, sample)
+    reload_agrees(setup.config, setup.adapter_file, sample, trained, setup.accelerator)
 
 
-def _measurements(setup: Setup, found: Found) -> Measurements:
+def _measurements(setup: Setup, found: Found, slim: Path | None) -> Measurements:
     adapter, costs = found.attached.adapter, found.costs
     peak_bytes, peak_of = found.peak
     return Measurements(
@@ -122,7 +141,7 @@ def _measurements(setup: Setup, found: Found) -> Measurements:
         peak_memory_bytes=peak_bytes,
         peak_memory_of=peak_of,
         file_bytes=setup.adapter_file.stat().st_size if setup.trains else None,
-        slim_file_bytes=_slim_size(setup, adapter) if setup.is_ours else None,
+        slim_file_bytes=slim.stat().st_size if slim else None,
     )
 
 
@@ -132,16 +151,14 @@ def _spread(name: str, spread: Spread | None) -> dict[str, float]:
     return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
 
 
-def _slim_size(setup: Setup, adapter: AnyAdapter) -> int | None:
-    """The bytes of the file without derived tensors.
+def _slim_file(setup: Setup, adapter: AnyAdapter) -> Path | None:
+    """A file without the derived tensors.
 
     None if calibration data shaped them: they could not be derived again without it.
     """
     path = setup.folder / f".slim-{setup.adapter_file.name}"
     try:
         adapter.save(path, derived=False)
-        return path.stat().st_size
     except ll.LoraLiteError:
         return None
-    finally:
-        path.unlink(missing_ok=True)
+    return path

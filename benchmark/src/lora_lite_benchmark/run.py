@@ -3,6 +3,7 @@
     prepare      the base model, the training rows, and the batch that costs are measured on
     attach       put the adapter on the model, calibrated if the variant asks for it
     check        the adapter costs the MACs that it declares; with `perturb`, its wiring is right
+    shard        leave each process its shard, if it was launched so
     train        the loop of `train.py`
     measure      the peak of memory; the time of a step and of a forward, in turns with the base
     evaluate     answers and losses on the validation and the test problems; what is forgotten
@@ -28,11 +29,11 @@ from lora_lite_benchmark.data import collate, load_problems
 from lora_lite_benchmark.evaluate import evaluate
 from lora_lite_benchmark.forgetting import before, forgetting
 from lora_lite_benchmark.measure import TimedPass, peak_memory, reset_peak_memory, synchronize
-from lora_lite_benchmark.models import load_model
 from lora_lite_benchmark.processes import on_main, same_start, share
 from lora_lite_benchmark.record import CHECKPOINT_FILE, Attached, Found, Trained, record
 from lora_lite_benchmark.results import Result, Split
-from lora_lite_benchmark.setup import Setup, prepare
+from lora_lite_benchmark.setup import Setup, fresh_base, prepare
+from lora_lite_benchmark.sharded import shard
 from lora_lite_benchmark.train import epoch_order, train
 from lora_lite_benchmark.variants import AnyAdapter, attach_adapter
 from lora_lite_benchmark.verify import Macs, check_macs
@@ -47,18 +48,20 @@ def run_one(config: RunConfig, out: Path) -> Result:
     checkpoint. Every process of a launch calls this and gets the result.
     """
     folder = out / config.folder
-    accelerator = share(config.batch_size)
+    accelerator = share(config)
     finished = on_main(accelerator, lambda: Result.load(folder))
     if finished is not None:
         return finished
 
     setup = prepare(config, folder, accelerator)
-    known = before(setup)
     attached = attach(setup)
     adapter = attached.adapter
+    macs = _check(setup, adapter)
+    shard(setup.model, accelerator)
+    known = before(setup, adapter)
     found = Found(
         attached=attached,
-        macs=_check(setup, adapter),
+        macs=macs,
         trained=_train(setup, adapter),
         peak=peak_memory(setup.device),
         costs=_measure(setup, adapter),
@@ -66,7 +69,7 @@ def run_one(config: RunConfig, out: Path) -> Result:
         test=_evaluate(setup, adapter, "test", config.test),
         forgetting=forgetting(setup, adapter, known),
     )
-    return on_main(accelerator, lambda: record(setup, found))
+    return record(setup, found)
 
 
 # --- attach and check
@@ -95,10 +98,10 @@ def _calibration_batches(setup: Setup) -> Iterator[dict[str, Tensor]]:
 
 def _check(setup: Setup, adapter: AnyAdapter) -> Macs:
     """Check the declared MACs. With `perturb`, also check the wiring, and move the start values."""
-    macs = check_macs(setup.model, adapter, setup.batch)
+    batch = setup.batch.to(next(setup.model.parameters()).device)
+    macs = check_macs(setup.model, adapter, batch)
     if setup.config.perturb and setup.has_adapter:
         if setup.is_ours:
-            batch = setup.batch
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             ll.check(setup.model, inputs)
         _perturb(adapter, setup.config)
@@ -137,9 +140,10 @@ def _train(setup: Setup, adapter: AnyAdapter) -> Trained:
 def _measure(setup: Setup, adapter: AnyAdapter) -> Costs:
     """The time of a step and of a forward, in turns with a fresh base."""
     if not setup.trains:
-        return alone(setup.model, setup.batch)
-    base = load_model(setup.config, setup.device)
-    return against_base(setup.model, adapter.frozen, base, setup.batch)
+        return alone(setup.model, setup.batch, setup.accelerator)
+    base = fresh_base(setup.config, setup.accelerator)
+    shard(base, setup.accelerator)
+    return against_base(setup.model, adapter.frozen, base, setup.batch, setup.accelerator)
 
 
 def _evaluate(setup: Setup, adapter: AnyAdapter, name: str, source: Source | None) -> Split | None:

@@ -11,9 +11,10 @@ from torch import nn
 from lora_lite_benchmark.config import SPECIAL_ROWS, RunConfig
 from lora_lite_benchmark.data import Batch, Example, collate, training_examples
 from lora_lite_benchmark.models import load_model, load_tokenizer
+from lora_lite_benchmark.processes import is_sharded
 from lora_lite_benchmark.train import batch_rows
 
-__all__ = ["Setup", "prepare"]
+__all__ = ["Setup", "fresh_base", "prepare"]
 
 ADAPTER_FILE = "adapter.safetensors"
 PEFT_FILE = Path("peft", "adapter_model.safetensors")
@@ -81,8 +82,13 @@ def prepare(config: RunConfig, folder: Path, accelerator: Accelerator) -> Setup:
         folder=folder,
         accelerator=accelerator,
         tokenizer=tokenizer,
-        model=load_model(config, accelerator.device),
+        model=fresh_base(config, accelerator),
         examples=examples,
         skipped=skipped,
         batch=batch.to(accelerator.device),
     )
+
+
+def fresh_base(config: RunConfig, accelerator: Accelerator) -> nn.Module:
+    """A base on this process's device; or, if it will be sharded, in the machine's memory."""
+    return load_model(config, "cpu" if is_sharded(accelerator) else accelerator.device)

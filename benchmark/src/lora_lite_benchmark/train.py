@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from lora_lite.layers import overwrite, whole
 from torch import nn
 from tqdm import tqdm
 
@@ -25,8 +26,9 @@ from lora_lite_benchmark.data import Example, collate
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.evaluate import nats
 from lora_lite_benchmark.files import write_atomically
-from lora_lite_benchmark.processes import on_main, sum_gradients
+from lora_lite_benchmark.processes import is_sharded, on_main, sum_gradients
 from lora_lite_benchmark.results import Point
+from lora_lite_benchmark.sharded import sharded_state, whole_state
 from lora_lite_benchmark.variants import AnyAdapter
 
 __all__ = ["batch_rows", "epoch_order", "learning_rate", "train"]
@@ -72,7 +74,7 @@ def train(
         batch = [examples[row] for row in batch_rows(step, len(examples), config)]
         own_loss = _backward(model, adapter, batch, config, accelerator, pad)
         loss = sum_gradients(own_loss, parameters, accelerator)
-        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(parameters, config.clip_norm)))
         _check_finite(loss, norm, step, config)
         optimizer.step()
         optimizer.zero_grad()
@@ -97,6 +99,8 @@ def _backward(
 
     The shares of all processes add up to the loss of the whole batch and to one penalty.
     """
+    if is_sharded(accelerator):
+        return _backward_together(model, adapter, batch, config, accelerator, pad)
     own = batch[accelerator.process_index :: accelerator.num_processes]
     size = config.micro_batch_size or len(own)
     tokens = sum(len(example.ids) - example.start for example in batch)
@@ -106,6 +110,36 @@ def _backward(
         loss = nats(model, collate(part, pad).to(accelerator.device)).sum() / tokens
         penalty = adapter.penalty() * len(part) / len(batch)
         torch.autograd.backward(loss + penalty)
+        total += loss.item()
+    return total
+
+
+def _backward_together(
+    model: nn.Module,
+    adapter: AnyAdapter,
+    batch: list[Example],
+    config: RunConfig,
+    accelerator: Accelerator,
+    pad: int,
+) -> float:
+    """The same for a model in shards, where every process takes part in every forward.
+
+    A process that has no row left takes the first one, with a weight of zero. Gradients that come
+    through the model are the mean over the processes. Those of the penalty do not, and every
+    process has all of it.
+    """
+    processes = accelerator.num_processes
+    own = batch[accelerator.process_index :: processes]
+    most = math.ceil(len(batch) / processes)
+    size = config.micro_batch_size or most
+    starts = range(0, most, size)
+    tokens = sum(len(example.ids) - example.start for example in batch)
+    total = 0.0
+    for start in starts:
+        part = own[start : start + size]
+        rows = collate(part or batch[:1], pad).to(accelerator.device)
+        loss = nats(model, rows).sum() / tokens * bool(part)
+        torch.autograd.backward(loss * processes + adapter.penalty() / len(starts))
         total += loss.item()
     return total
 
@@ -152,17 +186,18 @@ def _save(
 ) -> None:
     """Write the checkpoint. All processes call this, and the main one writes."""
     random_states = gather_object([_random_state(accelerator)])
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process and not is_sharded(accelerator):
         return
     state = {
         "parameters": {
-            name: parameter.detach().cpu() for name, parameter in adapter.named_parameters()
+            name: whole(parameter.detach()).cpu() for name, parameter in adapter.named_parameters()
         },
-        "optimizer": optimizer.state_dict(),
+        "optimizer": whole_state(optimizer),
         "random": random_states,
         "curve": [point.model_dump() for point in curve],
     }
-    write_atomically(checkpoint, lambda path: torch.save(state, path))
+    if accelerator.is_main_process:
+        write_atomically(checkpoint, lambda path: torch.save(state, path))
 
 
 def _resume(
@@ -190,8 +225,8 @@ def _resume(
         )
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
+            overwrite(parameter, state["parameters"][name])
+    optimizer.load_state_dict(sharded_state(state["optimizer"], optimizer))
     random_state = state["random"][accelerator.process_index]
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state:

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.data import Batch
 from lora_lite_benchmark.errors import BenchmarkError
-from lora_lite_benchmark.models import load_model
+from lora_lite_benchmark.setup import fresh_base
+from lora_lite_benchmark.sharded import shard
 from lora_lite_benchmark.variants import AnyAdapter, load_adapter
 
 __all__ = ["Macs", "check_macs", "logits", "reload_agrees"]
@@ -30,14 +32,17 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return masked
 
 
-def reload_agrees(config: RunConfig, path: Path, batch: Batch, expected: Tensor) -> bool:
+def reload_agrees(
+    config: RunConfig, path: Path, batch: Batch, expected: Tensor, accelerator: Accelerator
+) -> bool:
     """Whether the file at `path`, on a fresh base, gives exactly the `expected` logits for `batch`.
 
     Raises BenchmarkError if it does not: an adapter that cannot be loaded again has no place in a
     table.
     """
-    model = load_model(config, batch.input_ids.device)
+    model = fresh_base(config, accelerator)
     load_adapter(model, config, path)
+    shard(model, accelerator)
     found = logits(model, batch)
     if not torch.equal(found, expected):
         largest = float((found - expected).abs().max())

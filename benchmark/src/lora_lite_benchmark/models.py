@@ -31,9 +31,22 @@ def load_model(config: RunConfig, device: torch.device | str = "cpu") -> nn.Modu
     model: nn.Module = _load(
         AutoModelForCausalLM, config.model, config.model_sha256, config.revision, **options
     )
-    if not quantized:
+    if quantized:
+        _keep_plain(model)
+    else:
         model = model.to(device)
     return model.eval()
+
+
+def _keep_plain(model: nn.Module) -> None:
+    """Forbid 4-bit layers to pack themselves when they are evaluated, as an adapter does.
+
+    On CPUs with AVX512-bf16 a packed layer has other weights and no backward, so a base would not
+    be the one that the adapters have.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_skeleton(config: RunConfig) -> nn.Module:

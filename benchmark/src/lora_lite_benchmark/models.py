@@ -44,9 +44,10 @@ def _keep_plain(model: nn.Module) -> None:
     On CPUs with AVX512-bf16 a packed layer has other weights and no backward, so a base would not
     be the one that the adapters have.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def load_skeleton(config: RunConfig) -> nn.Module:

@@ -1,5 +1,5 @@
-"""Two processes: the Trainer with DDP and with FSDP2, and FSDP2 by hand, train as one process does,
-and resume from checkpoints of adapters.
+"""Two processes: the Trainer with DDP and with FSDP2, and FSDP2 with accelerate and by hand, train
+as one process does, and resume from checkpoints of adapters.
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert here.losses(resumed) == pytest.approx(here.losses(alone), rel=1e-4)
     for name, value in adapter.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_accelerate_saves_the_adapters_of_a_sharded_model(tmp_path: Path) -> None:
+    """`register`: save_state writes no shard of the model, and load_state goes on to the bit."""
+    launch(WORKER, tmp_path, "accelerate")
+    for rank in range(2):
+        record = json.loads((tmp_path / f"record{rank}.json").read_text())
+        assert record["resumed"] == record["expected"]
+        assert record["first"] != record["expected"]
+    saved = tmp_path / "saved"
+    assert (saved / "adapters" / "default.adapter.safetensors").is_file()
+    assert not list(saved.glob("pytorch_model*"))
 
 
 def test_fully_shard_by_hand(tmp_path: Path) -> None:

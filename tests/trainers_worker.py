@@ -1,5 +1,5 @@
-"""Run by torchrun in test_trainers_distributed.py: trains under the Trainer, and by hand, with
-DDP and FSDP2, and writes what each process saw.
+"""Run by torchrun in test_trainers_distributed.py: trains under the Trainer, with accelerate, and
+by hand, with DDP and FSDP2, and writes what each process saw.
 """
 
 from __future__ import annotations
@@ -152,9 +152,53 @@ def by_hand(folder: Path) -> None:
     (folder / f"record{rank}.json").write_text(json.dumps(record))
 
 
+def with_accelerate(folder: Path) -> None:
+    """FSDP2 by accelerate's plugin, and its own checkpoints of an adapter and of a plain model."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from lora_lite_transformers import register
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+
+    def start() -> tuple[Any, Any, Any]:
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        register(accelerator)
+        model = tiny()
+        ll.attach(model, "dora", r=2, targets=r"q_proj$")
+        optimizer = torch.optim.AdamW(ll.param_groups(model, 0.1), lr=1e-2)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def steps(accelerator: Any, model: Any, optimizer: Any, batches: Tensor) -> list[float]:
+        seen = []
+        for batch in batches:
+            mine = batch[rank::world]
+            loss = model(input_ids=mine, labels=mine).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        return seen
+
+    batches = tokens().view(4, 4, 8)
+    run = start()
+    first = steps(*run, batches[:2])
+    run[0].save_state(str(folder / "saved"))
+    expected = steps(*run, batches[2:])
+    run = start()
+    run[0].load_state(str(folder / "saved"))
+    resumed = steps(*run, batches[2:])
+    record = {"first": first, "expected": expected, "resumed": resumed}
+    (folder / f"record{rank}.json").write_text(json.dumps(record))
+
+
 def let_accelerate_shard_on_cpus() -> None:
     """accelerate takes FSDP on accelerators alone, though nothing in it asks for one."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     original = AcceleratorState.__init__
@@ -163,6 +207,7 @@ def let_accelerate_shard_on_cpus() -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = patched
 
@@ -174,6 +219,10 @@ def main() -> None:
     if mode == "hand":
         dist.init_process_group("gloo")
         by_hand(folder)
+    elif mode == "accelerate":
+        dist.init_process_group("gloo")
+        let_accelerate_shard_on_cpus()
+        with_accelerate(folder)
     else:
         if mode.endswith("fsdp"):
             let_accelerate_shard_on_cpus()

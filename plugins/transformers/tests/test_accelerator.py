@@ -1,15 +1,20 @@
-"""accelerate's own checkpoints, with adapters in place of models."""
+"""accelerate's own checkpoints, with adapters in place of models.
+
+Sharded models need several processes: see `tests/test_trainers_distributed.py` of the repository.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lora_lite as ll
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from lora_lite_transformers import accelerator as ours
 from lora_lite_transformers import register
 from torch import nn
 
@@ -86,3 +91,22 @@ def test_the_state_of_another_adapter_is_refused(tiny_llama: Make, tmp_path: Pat
     other = Run(tiny_llama, r=4)
     with pytest.raises(ll.AdapterFileError, match="r=2 in the file, r=4 in the model"):
         other.accelerator.load_state(str(tmp_path))
+
+
+def test_the_functions_that_are_exchanged_are_there_with_the_same_parameters() -> None:
+    """An accelerate that renames or changes one is seen here, and not in a user's checkpoint."""
+    for name, parameters in ours.PRIVATE.items():
+        signature = inspect.signature(getattr(ours.accelerators, name))
+        assert tuple(signature.parameters)[:3] == parameters
+        assert tuple(signature.parameters)[4] == "model_index"
+        assert f"{name}(self.state.fsdp_plugin, self, model, " in inspect.getsource(Accelerator)
+
+
+def test_fsdp1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process sees a whole adapter there; the error names the way out."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ll.AdapterError, match="fsdp_version=2"):
+        register(accelerator)

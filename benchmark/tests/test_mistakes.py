@@ -1,11 +1,15 @@
 """What the command says when something is wrong: one line that names it, and a status."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lora_lite_benchmark.cli import main
+from lora_lite_benchmark.config import RunConfig
+from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.results import load_results
+from lora_lite_benchmark.run import run_one
 
 
 def test_a_failing_row_does_not_stop_the_others(
@@ -49,6 +53,17 @@ def test_a_mistake_is_one_line(
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert not list(tmp_path.iterdir())
+
+
+def test_problems_are_read_before_training(
+    make_config: Callable[..., RunConfig], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """A set of problems that does not exist ends a run at once, and not after hours of training."""
+    beyond = {"path": str(files["train"]), "start": 900}
+    config = make_config("lora", validation=beyond, checkpoint_every=1)
+    with pytest.raises(BenchmarkError, match="no rows from number 900 on"):
+        run_one(config, tmp_path)
+    assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
 @pytest.mark.parametrize("missing", ["--model", "--test"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lite_benchmark.config import RunConfig
-from lora_lite_benchmark.data import Problem, load_problems
+from lora_lite_benchmark.data import Problem
 from lora_lite_benchmark.evaluate import evaluate
 from lora_lite_benchmark.measure import peak_memory, reset_peak_memory, stopwatch
 from lora_lite_benchmark.processes import share
@@ -71,9 +71,8 @@ def estimate(configs: Sequence[RunConfig]) -> Estimate:
         reset_peak_memory(setup.device)
         step_s = _step_seconds(setup, adapter) if setup.trains else 0.0
         peak_bytes, _of = peak_memory(setup.device)
-        sources = [source for source in (config.validation, config.test) if source is not None]
         with adapter.frozen():
-            testing_s = sum(_testing_seconds(setup, load_problems(source)) for source in sources)
+            testing_s = sum(_testing_seconds(setup, each) for each in setup.problems.values())
     return Estimate(
         label=config.label,
         seeds=len(configs),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import lora_lite as ll
 
-from lora_lite_benchmark.data import Example, encode, held_out_examples, load_problems
+from lora_lite_benchmark.data import Example, encode, held_out_examples
 from lora_lite_benchmark.evaluate import weigh
 from lora_lite_benchmark.results import AtScale, Forgetting
 from lora_lite_benchmark.setup import Setup
@@ -55,11 +55,10 @@ def forgetting(setup: Setup, adapter: AnyAdapter, base: Before | None) -> Forget
 def _at_scales(setup: Setup, adapter: AnyAdapter, texts: Sequence[Example]) -> list[AtScale]:
     """Other implementations and full fine-tuning have no scale."""
     config = setup.config
-    source = config.test or config.validation
-    if not isinstance(adapter, ll.Adapter) or source is None:
+    problems = setup.problems.get("test") or setup.problems.get("validation")
+    if not isinstance(adapter, ll.Adapter) or problems is None:
         return []
-    problems = load_problems(source)[:AT_SCALES]
-    task = [encode(setup.tokenizer, config.prompt, problem) for problem in problems]
+    task = [encode(setup.tokenizer, config.prompt, problem) for problem in problems[:AT_SCALES]]
     found = []
     for scale in config.scales:
         adapter.scale = scale

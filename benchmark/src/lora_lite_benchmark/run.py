@@ -23,9 +23,9 @@ import lora_lite as ll
 import torch
 from torch import Tensor
 
-from lora_lite_benchmark.config import RunConfig, Source
+from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.costs import Costs, against_base, alone
-from lora_lite_benchmark.data import collate, load_problems
+from lora_lite_benchmark.data import collate
 from lora_lite_benchmark.evaluate import evaluate
 from lora_lite_benchmark.forgetting import before, forgetting
 from lora_lite_benchmark.measure import TimedPass, peak_memory, reset_peak_memory, synchronize
@@ -65,8 +65,8 @@ def run_one(config: RunConfig, out: Path) -> Result:
         trained=_train(setup, adapter),
         peak=peak_memory(setup.device),
         costs=_measure(setup, adapter),
-        validation=_evaluate(setup, adapter, "validation", config.validation),
-        test=_evaluate(setup, adapter, "test", config.test),
+        validation=_evaluate(setup, adapter, "validation"),
+        test=_evaluate(setup, adapter, "test"),
         forgetting=forgetting(setup, adapter, known),
     )
     return record(setup, found)
@@ -146,12 +146,12 @@ def _measure(setup: Setup, adapter: AnyAdapter) -> Costs:
     return against_base(setup.model, adapter.frozen, base, setup.batch, setup.accelerator)
 
 
-def _evaluate(setup: Setup, adapter: AnyAdapter, name: str, source: Source | None) -> Split | None:
+def _evaluate(setup: Setup, adapter: AnyAdapter, name: str) -> Split | None:
     """Answers and losses on one set of problems; None if the config has no such set."""
-    if source is None:
+    problems = setup.problems.get(name)
+    if problems is None:
         return None
     title = f"{setup.config.label}: {name}"
-    problems = load_problems(source)
     with adapter.frozen():
         outcomes = evaluate(
             setup.model, setup.tokenizer, setup.config, problems, title, setup.accelerator

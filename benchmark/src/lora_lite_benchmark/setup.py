@@ -1,5 +1,6 @@
 """What the steps of a run work with: the base, the training rows, and where files go."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_lite_benchmark.config import SPECIAL_ROWS, RunConfig
-from lora_lite_benchmark.data import Batch, Example, collate, training_examples
+from lora_lite_benchmark.data import (
+    Batch,
+    Example,
+    Problem,
+    collate,
+    load_problems,
+    training_examples,
+)
 from lora_lite_benchmark.models import load_model, load_tokenizer
 from lora_lite_benchmark.processes import is_sharded
 from lora_lite_benchmark.train import batch_rows
@@ -30,6 +38,8 @@ class Setup:
         model: the base, on which the adapter comes.
         examples: the training rows as tokens.
         skipped: how many training rows were too long.
+        problems: what is looked at after training, as far as the config has it, by "validation" and
+            "test": a run whose problems cannot be read ends before it is trained.
         batch: the rows of the first training step, on which costs are measured.
     """
 
@@ -40,6 +50,7 @@ class Setup:
     model: nn.Module
     examples: list[Example]
     skipped: int
+    problems: Mapping[str, Sequence[Problem]]
     batch: Batch
 
     @property
@@ -74,6 +85,7 @@ class Setup:
 
 def prepare(config: RunConfig, folder: Path, accelerator: Accelerator) -> Setup:
     tokenizer = load_tokenizer(config)
+    sources = {"validation": config.validation, "test": config.test}
     examples, skipped = training_examples(tokenizer, config)
     first_rows = batch_rows(0, len(examples), config)
     batch = collate([examples[row] for row in first_rows], tokenizer.pad_token_id)
@@ -85,6 +97,7 @@ def prepare(config: RunConfig, folder: Path, accelerator: Accelerator) -> Setup:
         model=fresh_base(config, accelerator),
         examples=examples,
         skipped=skipped,
+        problems={name: load_problems(source) for name, source in sources.items() if source},
         batch=batch.to(accelerator.device),
     )
 

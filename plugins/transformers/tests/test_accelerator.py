@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import lora_lite as ll
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from lora_lite_transformers import accelerator as ours
 from lora_lite_transformers import register
@@ -106,7 +107,7 @@ def test_fsdp1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process sees a whole adapter there; the error names the way out."""
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    plugin = SimpleNamespace(fsdp_version=1)
     monkeypatch.setattr(accelerator.state, "fsdp_plugin", plugin, raising=False)
     with pytest.raises(ll.AdapterError, match="fsdp_version=2"):
         register(accelerator)

@@ -79,7 +79,7 @@ def _register_sharded(accelerator: Accelerator) -> None:
 
     So its own functions are exchanged, for as long as this accelerator saves or loads.
     """
-    if not accelerator.is_fsdp2:
+    if not getattr(accelerator, "is_fsdp2", False):  # older ones know FSDP1 alone
         raise ll.AdapterError(
             "the accelerator shards by FSDP1, where a process never sees a whole adapter",
             fix="Use fsdp_version=2",

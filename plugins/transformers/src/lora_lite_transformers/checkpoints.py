@@ -10,7 +10,8 @@ from pathlib import Path
 from lora_lite import AdapterError
 from lora_lite.training import CONTENTS
 
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # a folder, or FSDP's file
+# The Trainer's file; FSDP's file or folder; what DeepSpeed writes last.
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
 SCHEDULER = "scheduler.pt"
 STATE = "trainer_state.json"  # the last file to be written
 

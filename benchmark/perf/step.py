@@ -51,11 +51,14 @@ def base(dtype: torch.dtype) -> nn.Module:
 
 def adapted(method: str, rank: int, dtype: torch.dtype, targets: str) -> nn.Module:
     """The base with one adapter: `peft` is PEFT's LoRA, `base` none, everything else a variant of
-    ours.
+    ours. The backward of `base` goes through all layers, and trains nothing.
     """
     model = base(dtype)
     if method == "base":
-        return model.requires_grad_(False)
+        model.requires_grad_(False)
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        return model
     if method == "peft":
         config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=rf".*({targets})")
         return peft.get_peft_model(model, config)
@@ -66,12 +69,14 @@ def adapted(method: str, rank: int, dtype: torch.dtype, targets: str) -> nn.Modu
 def stepper(model: nn.Module, tokens: int) -> Callable[[], None]:
     """One training step: forward, backward, AdamW."""
     batch = torch.randint(1024, (tokens // 256, 256), generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
     def step() -> None:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 

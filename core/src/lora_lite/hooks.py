@@ -68,10 +68,8 @@ class LayerHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> Tensor | None:
         """The forward hook: adds the output deltas."""
-        active = [each for each in self.attachments if each.adds_to_output]
-        if not active:
-            return None
         changed = y
-        for each in active:
-            changed = each.add_to_output(module, args, kwargs, y, changed)
+        for each in self.attachments:
+            if each.adds_to_output:
+                changed = each.add_to_output(module, args, kwargs, y, changed)
         return changed

@@ -41,8 +41,9 @@ from torch.nn.functional import dropout, linear
 # Row norms of W below this count as this, so that a row of zeros divides nothing by zero.
 SMALLEST_NORM = 1e-6
 
-# What `prepare` computes: n / n₀ (d_out,), a constant to gradients.
+# What `prepare` computes: n / n₀ (d_out,), a constant to gradients, and m / n₀ (d_out,).
 GROWTH = "growth"
+LENGTHS = "m_n0"
 
 
 class DoRA(Variant, name="dora"):
@@ -86,19 +87,23 @@ class DoRA(Variant, name="dora"):
         a = uniform_start((self.r, site.d_in), rng("A"))
         return {"A": a, "B": torch.zeros(site.d_out, self.r), "dm": torch.zeros(site.d_out)}
 
-    @torch.no_grad()
     def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
+        return {GROWTH: self.growth(site, t), LENGTHS: 1 + t["dm"] / t["n0"]}
+
+    @torch.no_grad()
+    def growth(self, site: Site, t: Tensors) -> Tensor:
+        """How much the update has lengthened each row, n / n₀ (d_out,)."""
         s = lora_scale(self.alpha, self.r, rslora=self.rslora)
         a, b = t["A"], t["B"]
         w_a = site.matmul(a.to(site.dtype)).to(a.dtype).T
         grown = ((2 * s * w_a + s**2 * (b @ (a @ a.T))) * b).sum(1)
-        return {GROWTH: (1 + grown / t["n0"] ** 2).clamp_min(SMALLEST_NORM).sqrt()}
+        return (1 + grown / t["n0"] ** 2).clamp_min(SMALLEST_NORM).sqrt()
 
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         s = lora_scale(self.alpha, self.r, rslora=self.rslora)
         h = linear(dropout(x, self.dropout, site.training), t["A"].to(y.dtype))
         update = linear(s * h, t["B"].to(y.dtype))
-        rho_minus_1 = ((1 + t["dm"] / t["n0"]) / t[GROWTH] - 1).to(y.dtype)
+        rho_minus_1 = (t[LENGTHS] / t[GROWTH] - 1).to(y.dtype)
         without_bias = y - site.bias().to(y.dtype) if site.has_bias else y
         return update + rho_minus_1 * (without_bias + update)
 

@@ -10,7 +10,9 @@ dB = B - B₀:
     Δy = s · (dB A₀ x + (B₀ + dB) dA x)
 
 which loses nothing to rounding where two near-equal products would be subtracted. Weight decay
-pulls to the pretrained weight.
+pulls to the pretrained weight. The two terms are one pair of products, with the factors stacked:
+
+    Δy = s · (dB | B₀ + dB) (A₀ ; dA) x
 
 Start: dA = dB = 0, so Δ is bitwise 0, and both have a gradient. It does not depend on how exact the
 decomposition is. On a weight of zeros nothing has a gradient, ever: A₀ and B₀ are 0 as well.
@@ -36,6 +38,10 @@ from lora_lite.author import (
 from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import dropout, linear
+
+# What `prepare` computes: the stacked factors, (2r, d_in) and (d_out, 2r).
+DOWN = "A0_dA"
+UP = "dB_B"
 
 
 class PiSSA(Variant, name="pissa"):
@@ -76,12 +82,16 @@ class PiSSA(Variant, name="pissa"):
     ) -> dict[str, Tensor]:
         return {"dA": torch.zeros(self.r, site.d_in), "dB": torch.zeros(site.d_out, self.r)}
 
+    def prepare(self, site: Site, t: Tensors) -> dict[str, Tensor]:
+        return {
+            DOWN: torch.cat([t["A0"], t["dA"]]),
+            UP: torch.cat([t["dB"], t["B0"] + t["dB"]], dim=1),
+        }
+
     def delta_output(self, site: Site, t: Tensors, x: Tensor, y: Tensor) -> Tensor:
         s = lora_scale(self.alpha, self.r)
         x = dropout(x, self.dropout, site.training)
-        principal = linear(s * linear(x, t["A0"]), t["dB"])
-        change = linear(s * linear(x, t["dA"]), t["B0"] + t["dB"])
-        return principal + change
+        return linear(s * linear(x, t[DOWN]), t[UP])
 
     def macs_per_token(self, site: Site) -> int:
         return 2 * self.r * (site.d_in + site.d_out)

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,7 @@ READMES = [
     ROOT / "benchmark/README.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
+NEEDS = re.compile(r"^<!-- needs: (\w+) -->$", re.MULTILINE)
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -49,9 +51,17 @@ def run(page: Path, names: dict[str, object]) -> None:
 def test_every_example_of_the_pages_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page's examples run from top to bottom, as a reader would type them."""
+    """A page's examples run from top to bottom, as a reader would type them. A page about a library
+    says so in a comment, and needs it.
+    """
+    needed = NEEDS.findall(page.read_text())
+    for library in needed:
+        pytest.importorskip(library, reason=f"{library} is not installed, and the page is about it")
     monkeypatch.chdir(tmp_path)
-    run(page, {"__name__": "example"})
+    with warnings.catch_warnings():
+        if needed:
+            warnings.simplefilter("default")  # what those libraries warn of is not ours
+        run(page, {"__name__": "example"})
 
 
 @pytest.mark.parametrize("page", [page for page in READMES if examples(page)], ids=name_of)

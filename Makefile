@@ -94,7 +94,7 @@ new: $(INSTALLED)  ## Write the package of a new variant beside this folder: mak
 	cd .. && "$(CURDIR)/$(BIN)/lora-lite" new "$(NAME)"
 
 figures: $(INSTALLED)  ## Measure the performance figures: attach, load, steps, SVD, import, one token
-	for part in imports attach svd step experts one_token; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
+	for part in imports attach svd step experts one_token swap; do $(BIN)/python benchmark/perf/$$part.py || exit 1; done
 	$(BIN)/python benchmark/perf/one_token.py --dtype bfloat16
 	$(BIN)/python benchmark/perf/step.py --pairs lora:peft --dtype bfloat16 --targets _proj$$
 	for dtype in float32 bfloat16; do \

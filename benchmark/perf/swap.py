@@ -3,9 +3,9 @@
 python benchmark/perf/swap.py [--method lora] [--rounds 20]
 
 The small Llama of `step.py`, with the adapter on all linear layers. Printed are the seconds of the
-first forward, which compiles, and of one after `torch.compiler.reset`, which finds inductor's code in
-its cache; the milliseconds of `load_state_dict` with other values; of the forward after it; and how
-often torch compiled again in all rounds.
+first forward, which compiles; of one after `torch.compiler.reset`, which finds inductor's code in
+its cache; the milliseconds of `load_state_dict` with other values, and of the forward after it; and
+how often torch compiled again in all rounds.
 """
 
 import argparse

@@ -138,9 +138,8 @@ def refuse_shards(
                 f"{path} holds only a shard of {tensor!r}: shape {list(stored[tensor].shape)} "
                 f"instead of {list(spec.shape)}",
                 expected="FSDP1 (FullyShardedDataParallel) and ZeRO-3 leave such shards",
-                fix="Call this inside FSDP.summon_full_params(model) or "
-                "deepspeed.zero.GatheredParameters(adapter.parameters()); FSDP2 (fully_shard) "
-                "needs neither",
+                fix="Under FSDP1, call this inside FSDP.summon_full_params(model); instead of "
+                "ZeRO-3, use FSDP2 (fully_shard), which needs nothing",
                 adapter=name,
                 layer=path,
             )

@@ -17,6 +17,7 @@ from typing import Any
 import lora_lite as ll
 import torch
 from lora_lite_transformers import adapted
+from lora_lite_transformers.checkpoints import last_complete
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 STEPS = 8
@@ -48,7 +49,8 @@ def train(folder: Path, method: str) -> None:
     tokens = torch.randint(2, 32, (12, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = adapted(Trainer)(model, args=arguments, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    # The first checkpoint may be torn, and then there is none to go on from.
+    trainer.train(resume_from_checkpoint=last_complete(folder))
     ll.adapters(model)["default"].save(folder / "trained")
 
 

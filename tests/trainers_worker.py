@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def with_trainer(folder: Path, mode: str) -> None:
     torch.save(record, folder / f"record{dist.get_rank()}")
 
 
+def steps(
+    model: Any,
+    optimizer: Any,
+    batches: Tensor,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> list[float]:
+    """A step for each batch, of which every process takes its rows; the losses of this process."""
+    seen = []
+    for batch in batches:
+        mine = batch[dist.get_rank() :: dist.get_world_size()]
+        loss = model(input_ids=mine, labels=mine).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    return seen
+
+
 def by_hand(folder: Path) -> None:
     """fully_shard, an optimizer and a loop of one's own; two adapters, a penalty, a projection."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -125,17 +144,6 @@ def by_hand(folder: Path) -> None:
         optimizer = torch.optim.SGD(ll.param_groups(model, lr={"alpha": 1000.0}), lr=0.1)
         held.project_after(optimizer)
         return model, optimizer
-
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor) -> list[float]:
-        seen = []
-        for batch in batches:
-            mine = batch[rank::world]
-            loss = model(input_ids=mine, labels=mine).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen.append(loss.item())
-        return seen
 
     batches = tokens().view(4, 4, 8)
     model, optimizer = start()
@@ -157,7 +165,7 @@ def with_accelerate(folder: Path) -> None:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from lora_lite_transformers import register
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -173,25 +181,14 @@ def with_accelerate(folder: Path) -> None:
         optimizer = torch.optim.AdamW(ll.param_groups(model, 0.1), lr=1e-2)
         return accelerator, *accelerator.prepare(model, optimizer)
 
-    def steps(accelerator: Any, model: Any, optimizer: Any, batches: Tensor) -> list[float]:
-        seen = []
-        for batch in batches:
-            mine = batch[rank::world]
-            loss = model(input_ids=mine, labels=mine).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            seen.append(loss.item())
-        return seen
-
     batches = tokens().view(4, 4, 8)
-    run = start()
-    first = steps(*run, batches[:2])
-    run[0].save_state(str(folder / "saved"))
-    expected = steps(*run, batches[2:])
-    run = start()
-    run[0].load_state(str(folder / "saved"))
-    resumed = steps(*run, batches[2:])
+    accelerator, *run = start()
+    first = steps(*run, batches[:2], accelerator.backward)
+    accelerator.save_state(str(folder / "saved"))
+    expected = steps(*run, batches[2:], accelerator.backward)
+    accelerator, *run = start()
+    accelerator.load_state(str(folder / "saved"))
+    resumed = steps(*run, batches[2:], accelerator.backward)
     record = {"first": first, "expected": expected, "resumed": resumed}
     (folder / f"record{rank}.json").write_text(json.dumps(record))
 

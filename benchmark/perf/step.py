@@ -56,8 +56,7 @@ def adapted(method: str, rank: int, dtype: torch.dtype, targets: str) -> nn.Modu
     model = base(dtype)
     if method == "base":
         model.requires_grad_(False)
-        embeddings = model.get_input_embeddings()
-        embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        model.enable_input_require_grads()
         return model
     if method == "peft":
         config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=rf".*({targets})")

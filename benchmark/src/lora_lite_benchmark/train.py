@@ -98,48 +98,27 @@ def _backward(
     """Add this process's share of the batch's gradient to the parameters, and return its loss.
 
     The shares of all processes add up to the loss of the whole batch and to one penalty.
+
+    If the model is in shards, every process takes part in every forward: one that has no row left
+    takes the first one, with a weight of zero. Gradients that come through the model are the mean
+    over the processes. Those of the penalty do not, and every process has all of it.
     """
-    if is_sharded(accelerator):
-        return _backward_together(model, adapter, batch, config, accelerator, pad)
-    own = batch[accelerator.process_index :: accelerator.num_processes]
-    size = config.micro_batch_size or len(own)
-    tokens = sum(len(example.ids) - example.start for example in batch)
-    total = 0.0
-    for start in range(0, len(own), size):
-        part = own[start : start + size]
-        loss = nats(model, collate(part, pad).to(accelerator.device)).sum() / tokens
-        penalty = adapter.penalty() * len(part) / len(batch)
-        torch.autograd.backward(loss + penalty)
-        total += loss.item()
-    return total
-
-
-def _backward_together(
-    model: nn.Module,
-    adapter: AnyAdapter,
-    batch: list[Example],
-    config: RunConfig,
-    accelerator: Accelerator,
-    pad: int,
-) -> float:
-    """The same for a model in shards, where every process takes part in every forward.
-
-    A process that has no row left takes the first one, with a weight of zero. Gradients that come
-    through the model are the mean over the processes. Those of the penalty do not, and every
-    process has all of it.
-    """
+    sharded = is_sharded(accelerator)
     processes = accelerator.num_processes
     own = batch[accelerator.process_index :: processes]
     most = math.ceil(len(batch) / processes)
     size = config.micro_batch_size or most
-    starts = range(0, most, size)
+    starts = range(0, most if sharded else len(own), size)
     tokens = sum(len(example.ids) - example.start for example in batch)
     total = 0.0
     for start in starts:
         part = own[start : start + size]
         rows = collate(part or batch[:1], pad).to(accelerator.device)
         loss = nats(model, rows).sum() / tokens * bool(part)
-        torch.autograd.backward(loss * processes + adapter.penalty() / len(starts))
+        if sharded:
+            torch.autograd.backward(loss * processes + adapter.penalty() / len(starts))
+        else:
+            torch.autograd.backward(loss + adapter.penalty() * len(part) / len(batch))
         total += loss.item()
     return total
 

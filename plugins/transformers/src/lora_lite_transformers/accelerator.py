@@ -1,8 +1,7 @@
 """accelerate's `save_state` and `load_state`, with adapters in place of models."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import lora_lite as ll
 from accelerate import Accelerator, DistributedType
 from accelerate import accelerator as accelerators
 from torch import nn
+
+from lora_lite_transformers.exchanged import exchanged
 
 # The functions of accelerate that save and load a sharded model. They are not documented, and
 # nothing else decides what is in a checkpoint of FSDP. A test compares their parameters with these.
@@ -96,17 +97,6 @@ def _with_adapters(
     method: Callable[..., Any], function: str, instead: Callable[[nn.Module, Path], None]
 ) -> Callable[..., Any]:
     """`method`, in which accelerate's `function` does `instead` where a model has adapters."""
-
-    @functools.wraps(method)
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        with _exchanged(function, instead):
-            return method(*args, **kwargs)
-
-    return changed
-
-
-@contextmanager
-def _exchanged(function: str, instead: Callable[[nn.Module, Path], None]) -> Iterator[None]:
     original = getattr(accelerators, function)
 
     def for_adapters(
@@ -117,8 +107,9 @@ def _exchanged(function: str, instead: Callable[[nn.Module, Path], None]) -> Ite
         instead(model, _folder(folder, number))
         return accelerator.wait_for_everyone()
 
-    setattr(accelerators, function, for_adapters)
-    try:
-        yield
-    finally:
-        setattr(accelerators, function, original)
+    @functools.wraps(method)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with exchanged(accelerators, function, for_adapters):
+            return method(*args, **kwargs)
+
+    return changed

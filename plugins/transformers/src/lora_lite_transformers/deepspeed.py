@@ -6,8 +6,7 @@ next step: `project` cannot be done, and a restored run needs the engine's state
 With ZeRO-3 a layer has its parameters only while DeepSpeed's own hooks hold them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lora_lite as ll
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import trainer as trainers
 
 from lora_lite_transformers.checkpoints import refuse_incomplete
+from lora_lite_transformers.exchanged import exchanged
 
 # The Trainer's function that loads a checkpoint into DeepSpeed's engine. It is not documented, and
 # would miss the frozen base. A test compares its parameters with those here.
@@ -71,16 +71,10 @@ def load(engine: Any, model: nn.Module, folder: str) -> None:
     engine.load_checkpoint(folder, load_module_strict=False)
 
 
-@contextmanager
-def loads_adapters(model: nn.Module) -> Iterator[None]:
+def loads_adapters(model: nn.Module) -> AbstractContextManager[None]:
     """Let the Trainer load checkpoints into DeepSpeed's engine by `load`."""
-    original = getattr(trainers, LOAD)
 
     def load_adapters(deepspeed_engine: Any, checkpoint_path: str, **_strict: bool) -> None:
         load(deepspeed_engine, model, checkpoint_path)
 
-    setattr(trainers, LOAD, load_adapters)
-    try:
-        yield
-    finally:
-        setattr(trainers, LOAD, original)
+    return exchanged(trainers, LOAD, load_adapters)

@@ -14,6 +14,7 @@ what it then misses, in the order in which a run comes to it:
 import inspect
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir) or True
         try:
-            with deepspeed.loads_adapters(self.model):
+            with self._loading():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except _FinishedError:
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -190,6 +191,12 @@ class _Adapted(Trainer):  # type: ignore[misc]  # transformers is not typed
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
             return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _loading(self) -> AbstractContextManager[None]:
+        """How a checkpoint is loaded while it trains."""
+        if self.is_deepspeed_enabled:
+            return deepspeed.loads_adapters(self.model)
+        return nullcontext()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

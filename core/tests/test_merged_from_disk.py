@@ -262,6 +262,11 @@ sys.exit(status)
 """
 
 
+# glibc returns what is freed at once, so that the peak is what the code holds, and not the holes
+# that earlier tensors left: these were 70 to 150 MB from run to run.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory in other units")
 @pytest.mark.parametrize("shards", ["1GB", "10MB"])
 def test_the_model_is_not_in_memory(tmp_path: Path, shards: str) -> None:
@@ -287,7 +292,7 @@ def test_the_model_is_not_in_memory(tmp_path: Path, shards: str) -> None:
             ],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **GIVES_BACK},
         )
         assert done.returncode == 0, done.stderr
         grown[out] = int(done.stdout.split("grown")[1])

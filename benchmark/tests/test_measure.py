@@ -39,7 +39,8 @@ def test_the_pass_is_timed_from_the_first_item_to_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["lora:r=4", "dora:r=4", "hra:r=4", "antipasto:r=8", "ia3", "full", "base"]
+    "row",
+    ["lora:r=4", "dora:r=4", "hra:r=4", "antipasto:r=8", "ia3", "norms", "head", "full", "base"],
 )
 def test_declared_macs_are_the_counted_ones(
     make_config: Make, row: str, monkeypatch: pytest.MonkeyPatch

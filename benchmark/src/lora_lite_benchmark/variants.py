@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_lite_benchmark.config import RunConfig
 from lora_lite_benchmark.full import BaseModel, FullModel
+from lora_lite_benchmark.parts import PARTS, layers_of, library_variant
 from lora_lite_benchmark.peft_adapter import PEFT_PACKAGES, PeftAdapter
 
 __all__ = [
@@ -33,7 +34,8 @@ QUANTIZING = ("bitsandbytes", "lora-lite-bitsandbytes")
 def compared_variants() -> list[str]:
     """The installed variants that a benchmark compares.
 
-    Those that train a layer's own weights are left out: the row `full` trains all of them.
+    Those that train a layer's own weights are left out: the row `full` trains all of them, and the
+    rows of `parts.py` train some.
     """
     return [name for name in sorted(ll.variants()) if not variant_class(name).replaces_weights]
 
@@ -75,7 +77,7 @@ def recommended_lr(variant: str) -> float:
 
 def packages(config: RunConfig) -> list[str]:
     """The packages of this row alone: those of its variant, of its implementation, of its base."""
-    info = ll.variants().get(config.variant)
+    info = ll.variants().get(library_variant(config.variant))
     found = [info.distribution] if info else []
     if config.implementation == "peft":
         found += PEFT_PACKAGES
@@ -96,11 +98,13 @@ def attach_adapter(model: nn.Module, config: RunConfig, calibration: Iterable[An
 
 
 def _attach(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> ll.Adapter:
-    arguments = adapter_arguments(config)
-    plan = ll.plan(model, config.variant, **arguments)
+    variant, arguments = library_variant(config.variant), adapter_arguments(config)
+    if config.variant in PARTS:
+        arguments = {**config.fields, **layers_of(config.variant, model)}
+    plan = ll.plan(model, variant, **arguments)
     if any(placement.variant.observe(placement.site) for placement in plan.placements):
         arguments["calibration"] = calibration
-    return ll.attach(model, config.variant, seed=config.seed, **arguments)
+    return ll.attach(model, variant, seed=config.seed, **arguments)
 
 
 def adapter_arguments(config: RunConfig) -> dict[str, Any]:

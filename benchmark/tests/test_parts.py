@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import lora_lite as ll
 import pytest
 import torch
 from lora_lite.errors import LoraLiteError
@@ -34,10 +35,11 @@ def test_a_part_is_trained_and_the_rest_stays(
     model = load_model(config)
     before = copy.deepcopy(model.state_dict())
     adapter = attach_adapter(model, config, [])
-    assert sorted(adapter.sites) == sorted(layers)  # type: ignore[attr-defined]
-    shapes = [model.get_submodule(path).weight.numel() for path in layers]  # type: ignore[operator,union-attr]
-    assert adapter.num_parameters == sum(shapes)
-    adapter.detach()  # type: ignore[attr-defined]
+    assert isinstance(adapter, ll.Adapter)
+    assert sorted(adapter.sites) == sorted(layers)
+    sizes = [model.get_submodule(path).weight.numel() for path in layers]  # type: ignore[operator,union-attr]
+    assert adapter.num_parameters == sum(sizes)
+    adapter.detach()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
     result = run_one(config, tmp_path)
@@ -78,6 +80,4 @@ def test_a_model_without_the_part_says_so(make_config: Make) -> None:
 
 def test_no_variant_has_the_name_of_a_part() -> None:
     """Otherwise that variant could not be asked for."""
-    import lora_lite as ll
-
     assert not PARTS.keys() & ll.variants().keys()

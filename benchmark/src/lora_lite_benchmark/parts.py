@@ -49,5 +49,6 @@ def layers_of(part: str, model: nn.Module) -> dict[str, Any]:
             f"the row {part!r} was asked for, and {type(model).__name__} has no {part}",
             fix=f"Leave out the row {part!r}",
         )
-    # By default attach leaves out the output head, which may be what is asked for.
-    return {"targets": [f"^{re.escape(path)}$" for path in paths], "exclude": ()}
+    # The row's own layers are others, and by default attach leaves out the output head.
+    targets = [f"^{re.escape(path)}$" for path in paths]
+    return {"targets": targets, "exclude": (), "layers": None}

@@ -18,6 +18,7 @@ from lora_lite.fields import make_variant
 from torch import nn
 
 from lora_lite_benchmark.errors import BenchmarkError
+from lora_lite_benchmark.parts import library_variant
 from lora_lite_benchmark.unbounded import Unbounded
 
 __all__ = ["PEFT_PACKAGES", "PeftAdapter", "check_peft"]
@@ -35,7 +36,7 @@ def check_peft(variant: str, fields: Mapping[str, Any]) -> None:
             )
     from lora_lite_peft import has_native_type
 
-    if not has_native_type(make_variant(variant, fields)):
+    if not has_native_type(make_variant(library_variant(variant), fields)):
         raise BenchmarkError(
             f"PEFT has no type that computes what {variant!r} does with these fields",
             expected="The README of lora-lite-peft lists, at native=True, what it has a type for",

@@ -23,7 +23,6 @@ from lora_lite_benchmark.config import SOURCES, SPECIAL_ROWS, FieldValue, Record
 from lora_lite_benchmark.embedded import TASKS
 from lora_lite_benchmark.errors import BenchmarkError
 from lora_lite_benchmark.files import model_digest, sha256
-from lora_lite_benchmark.parts import library_variant
 from lora_lite_benchmark.peft_adapter import check_peft
 from lora_lite_benchmark.variants import recommended_lr, resolved_fields
 
@@ -162,7 +161,7 @@ def resolve(
     entry = preset.row(row)
     chosen_fields = {**entry.fields, **row_fields, **(fields or {})}
     if is_peft and variant not in SPECIAL_ROWS:
-        check_peft(library_variant(variant), chosen_fields)
+        check_peft(variant, chosen_fields)
     label = (PEFT_PREFIX if is_peft else "") + _label(
         variant, {**row_fields, **(fields or {})}, arm
     )
@@ -198,7 +197,7 @@ def _label(variant: str, fields: Mapping[str, FieldValue], arm: str) -> str:
 def _all_fields(variant: str, chosen: Mapping[str, FieldValue]) -> dict[str, Any]:
     """The variant's fields with its defaults. The rows without an adapter have none."""
     if variant not in SPECIAL_ROWS:
-        return resolved_fields(library_variant(variant), chosen)
+        return resolved_fields(variant, chosen)
     if chosen:
         raise BenchmarkError(
             f"the row {variant!r} was given the fields {', '.join(chosen)}",
@@ -218,7 +217,7 @@ def _default_lr(variant: str) -> float:
             "must give one",
             fix="Use --lr",
         )
-    return recommended_lr(library_variant(variant))
+    return recommended_lr(variant)
 
 
 def _identify_files(values: Mapping[str, Any]) -> dict[str, Any]:

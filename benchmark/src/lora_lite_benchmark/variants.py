@@ -67,12 +67,14 @@ def resolved_fields(variant: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises lora_lite's errors for an unknown variant or field, and for a value that is not allowed.
     """
-    values: dict[str, Any] = json.loads(make_variant(variant, fields).model_dump_json())
+    values: dict[str, Any] = json.loads(
+        make_variant(library_variant(variant), fields).model_dump_json()
+    )
     return values
 
 
 def recommended_lr(variant: str) -> float:
-    return make_variant(variant, {}).recommended_lr
+    return make_variant(library_variant(variant), {}).recommended_lr
 
 
 def packages(config: RunConfig) -> list[str]:
@@ -100,7 +102,7 @@ def attach_adapter(model: nn.Module, config: RunConfig, calibration: Iterable[An
 def _attach(model: nn.Module, config: RunConfig, calibration: Iterable[Any]) -> ll.Adapter:
     variant, arguments = library_variant(config.variant), adapter_arguments(config)
     if config.variant in PARTS:
-        arguments = {**config.fields, **layers_of(config.variant, model)}
+        arguments.update(layers_of(config.variant, model))
     plan = ll.plan(model, variant, **arguments)
     if any(placement.variant.observe(placement.site) for placement in plan.placements):
         arguments["calibration"] = calibration
